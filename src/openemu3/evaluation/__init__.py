@@ -1,0 +1,1 @@
+"""Numbers: what is measured about tokenizers, pictures, clips and answers, and how."""
