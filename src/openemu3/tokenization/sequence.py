@@ -11,7 +11,7 @@ videos was never published and is defined here.
 
 import re
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from decimal import Decimal
 from enum import IntEnum
 from fractions import Fraction
@@ -293,8 +293,8 @@ class SequenceFormat:
     # -- pieces --------------------------------------------------------------------------------------------------------------------
 
     def _prompt(self, runs: Sequence[str | Image | Video]) -> list[int]:
-        encoded = self.encode(Document(_as_parts(runs)))
-        return encoded.token_ids[:-1].tolist()
+        ids: list[int] = self.encode(Document(_as_parts(runs))).token_ids[:-1].tolist()
+        return ids
 
     def _piece(self, ids: Sequence[int], role: Role) -> Encoded:
         return Encoded(np.array(ids, dtype=np.int64), np.full(len(ids), role, dtype=np.uint8))
@@ -327,7 +327,8 @@ class SequenceFormat:
 
     def _decode_media(self, ids: NDArray[np.int64], span: "Span", meta: Meta) -> Image | Video:
         body = ids[span.start : span.stop]
-        codes = (body[body >= self.vocabulary.visual_offset] - self.vocabulary.visual_offset).reshape(meta.grid)
+        codes = body[body >= self.vocabulary.visual_offset] - self.vocabulary.visual_offset
+        codes = codes.astype(np.int32).reshape(meta.grid)
         return Image(codes) if meta.fps is None else Video(codes, meta.fps, meta.num_frames)
 
 
@@ -340,7 +341,6 @@ class Span:
     meta: Meta | None = None
 
 
-@dataclass
 class SequenceReader:
     """Follows a sequence from its BOS on, and knows at any point which ids are legal next.
 
@@ -352,14 +352,15 @@ class SequenceReader:
         is_complete: EOS has been read; only PAD may follow.
     """
 
-    form: SequenceFormat
-    position: int = 0
-    spans: list[Span] = field(default_factory=list)
-    is_complete: bool = False
-    _meta_text: str | None = None  # while between BOI and IMG: what has been written there
-    _unfinished: tuple[int, ...] = ()  # the rest of a piece of meta text that takes several ids
-    _meta: Meta | None = None  # while between IMG and the end of EOI
-    _body_start: int = 0
+    def __init__(self, form: SequenceFormat) -> None:
+        self.form = form
+        self.position = 0
+        self.spans: list[Span] = []
+        self.is_complete = False
+        self._meta_text: str | None = None  # between BOI and IMG: what has been written there
+        self._unfinished: tuple[int, ...] = ()  # the rest of a piece of meta text that takes several ids
+        self._meta: Meta | None = None  # between IMG and EOI: what the medium is
+        self._body_start = 0  # position after IMG
 
     def read(self, token_ids: Iterable[int]) -> None:
         """Takes the next ids. Raises InputError at the first illegal one, with everything before it taken."""
@@ -467,7 +468,7 @@ _IMAGE = re.compile(rf"{_SIDE}\*{_SIDE}", re.ASCII)
 _VIDEO_BEFORE_SECONDS = re.compile("".join(_VIDEO_STEPS), re.ASCII)
 _VIDEO = re.compile("".join(_VIDEO_STEPS) + r"(\d+(?:\.\d+)?)s", re.ASCII)
 _BEGUN = re.compile(
-    "|".join(["".join(_VIDEO_STEPS[:steps]) for steps in range(1, 10)] + ["".join(_VIDEO_STEPS[:6]) + _RATE_BEGUN]), re.ASCII
+    "|".join(["".join(_VIDEO_STEPS[:steps]) for steps in range(1, len(_VIDEO_STEPS))] + ["".join(_VIDEO_STEPS[:6]) + _RATE_BEGUN]), re.ASCII
 )
 
 
@@ -484,9 +485,8 @@ def write_meta(meta: Meta) -> str:
     if len(meta.grid) != 3 or meta.fps is None or meta.num_frames is None:
         raise InputError(f"meta text for {meta} isn't defined; images have (h, w) alone, videos (t, h, w), fps and num_frames")
     if -(-meta.num_frames // FRAMES_PER_LATENT) != meta.grid[0]:
-        raise InputError(
-            f"num_frames is {meta.num_frames}; {meta.grid[0]} latent frames stand for four pixel frames each, the last for 1 to 4"
-        )
+        most = FRAMES_PER_LATENT * meta.grid[0]
+        raise InputError(f"num_frames is {meta.num_frames}; {meta.grid[0]} latent frames stand for {most - 3} to {most} pixel frames")
     rate = Decimal(round(meta.fps * 1000)).scaleb(-3).normalize()
     return f"{sides} {rate:f}fps {_write_seconds(meta.num_frames, Fraction(rate))}s"
 
