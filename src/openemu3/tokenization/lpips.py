@@ -57,8 +57,6 @@ class LPIPS(nn.Module):
         self.heads = nn.ParameterList(
             nn.Parameter(torch.empty(c.out_channels, device="meta")) for c in self.layout.convolutions if c.is_tap
         )
-        self.register_buffer("shift", torch.tensor(CHANNEL_SHIFT).view(1, 3, 1, 1), persistent=False)
-        self.register_buffer("scale", torch.tensor(CHANNEL_SCALE).view(1, 3, 1, 1), persistent=False)
         path = Path(weights) if weights is not None else weights_path(net)
         self.load_state_dict(_read_weights(path, self), strict=True, assign=True)
         self.requires_grad_(False)
@@ -86,7 +84,10 @@ class LPIPS(nn.Module):
 
     def compute_features(self, pixels: Tensor) -> list[Tensor]:
         """The five tapped activations [B, C, h, w] of pixels [B, 3, H, W] in [-1, 1], shallow to deep."""
-        x = ((pixels.float() - self.shift.float()) / self.scale.float()).to(self.heads[0].dtype)
+        pixels = pixels.float()
+        shift = pixels.new_tensor(CHANNEL_SHIFT).view(1, 3, 1, 1)
+        scale = pixels.new_tensor(CHANNEL_SCALE).view(1, 3, 1, 1)
+        x = ((pixels - shift) / scale).to(self.heads[0].dtype)
         taps = []
         for convolution, spec in zip(self.convolutions, self.layout.convolutions, strict=True):
             if spec.pool:
