@@ -67,7 +67,10 @@ class Attention(Protocol):
 
 
 class Rotation(NamedTuple):
-    """Cosine and sine of every position's rotary angles, fp32 [B, 1, S, K]; made once per forward pass."""
+    """Cosine and sine of every position's rotary angles, fp32 [B, 1, S, K]; made once per forward pass.
+
+    The first half of `sin` is negated, so that turning a head is two products and a sum.
+    """
 
     cos: Tensor
     sin: Tensor
@@ -81,15 +84,14 @@ def build_rotation(positions: Tensor, head_dim: int, theta: float) -> Rotation:
     """
     exponents = torch.arange(0, head_dim, 2, dtype=torch.float32, device=positions.device) / head_dim
     angles = positions.to(torch.float32)[..., None] * (1.0 / theta**exponents)  # [B, S, K/2]
-    angles = torch.cat((angles, angles), dim=-1).unsqueeze(1)  # [B, 1, S, K]
-    return Rotation(angles.cos(), angles.sin())
+    cos, sin = angles.cos().unsqueeze(1), angles.sin().unsqueeze(1)  # [B, 1, S, K/2]
+    return Rotation(torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1))
 
 
 def apply_rotation(heads: Tensor, rotation: Rotation) -> Tensor:
     """Heads [B, H, S, K] turned by their positions; computed in fp32, returned in the dtype of `heads`."""
-    first, second = heads.chunk(2, dim=-1)
-    turned = torch.cat((-second, first), dim=-1)
-    return (heads * rotation.cos + turned * rotation.sin).to(heads.dtype)
+    other_half = heads.roll(heads.shape[-1] // 2, dims=-1)
+    return (heads * rotation.cos + other_half * rotation.sin).to(heads.dtype)
 
 
 class SelfAttention(nn.Module):
