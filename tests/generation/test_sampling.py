@@ -151,7 +151,9 @@ def test_equal_logits_are_kept_by_index_not_by_accident():
     logits[0, 500:] = -0.0
     counts = sampled_counts(logits, SamplingSettings(top_k=10), 2000)
     assert np.flatnonzero(counts).tolist() == list(range(10))
-    mixed = SamplingRows.build([SamplingSettings(top_k=10, seed=seed) for seed in range(40)] + [SamplingSettings(top_k=900)], range(41), CPU)
+    mixed = SamplingRows.build(
+        [SamplingSettings(top_k=10, seed=seed) for seed in range(40)] + [SamplingSettings(top_k=900)], range(41), CPU
+    )
     assert sample(logits.expand(41, -1).contiguous(), mixed, torch.arange(41))[:40].max() < 10
 
 

@@ -112,7 +112,7 @@ class Engine:
             room = config.max_positions - longest
             if room < 1:
                 raise InputError(
-                    f"prompt of request {index} has {longest} tokens; the context of {config.max_positions} must hold an answer too"
+                    f"prompt of request {index} has {longest} tokens; the context holds {config.max_positions}, answer included"
                 )
             if request.max_new_tokens < 1:
                 raise InputError(f"max_new_tokens is {request.max_new_tokens}; at least 1 is allowed")
@@ -314,7 +314,7 @@ class _Run:
             if not job.stopped and job.num_drawn < job.num_draws:
                 stay.append(index)
                 continue
-            job.drawn = self.table[job.seat, : job.num_drawn].cpu().numpy()
+            job.drawn = self.table[job.seat, : job.num_drawn].cpu().numpy().copy()  # the seat will be reused
             self.seats.append(job.seat)
             for row in sorted(job.rows, reverse=True):
                 moved = self.cache.remove_row(row)
