@@ -41,9 +41,7 @@ class Text:
             raise InputError(f"text is {type(self.text).__name__}; it must be a str")
         if not self.text:
             raise InputError("text is empty; leave the part out instead")
-        for index, character in enumerate(self.text):
-            if "\ud800" <= character <= "\udfff":
-                raise InputError(f"text has the lone surrogate U+{ord(character):04X} at index {index}; only valid Unicode is allowed")
+        check_unicode(self.text)
         object.__setattr__(self, "text", unicodedata.normalize("NFC", self.text))
 
 
@@ -165,6 +163,16 @@ class Sample:
             for key, value in getattr(self, field).items():
                 if not isinstance(key, str) or not isinstance(value, str):
                     raise InputError(f"sample {self.id!r} has {field} entry {key!r}: {value!r}; keys and values must be str")
+
+
+def check_unicode(text: str) -> None:
+    """Raises InputError for a str that no UTF-8 can hold, as JSON with half a surrogate pair makes."""
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise InputError(
+            f"text has the lone surrogate U+{ord(text[error.start]):04X} at index {error.start}; only valid Unicode is allowed"
+        ) from error
 
 
 def round_fps(fps: float) -> float:

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from decimal import Decimal
 from enum import IntEnum
 from fractions import Fraction
+from functools import lru_cache
 from itertools import count
 
 import numpy as np
@@ -327,8 +328,8 @@ class SequenceFormat:
 
     def _decode_media(self, ids: NDArray[np.int64], span: "Span", meta: Meta) -> Image | Video:
         body = ids[span.start : span.stop]
-        codes = body[body >= self.vocabulary.visual_offset] - self.vocabulary.visual_offset
-        codes = codes.astype(np.int32).reshape(meta.grid)
+        visual_ids = body[body >= self.vocabulary.visual_offset]
+        codes = (visual_ids - self.vocabulary.visual_offset).astype(np.int32).reshape(meta.grid)
         return Image(codes) if meta.fps is None else Video(codes, meta.fps, meta.num_frames)
 
 
@@ -505,6 +506,7 @@ def read_meta(text: str) -> Meta | None:
     return None
 
 
+@lru_cache(maxsize=4096)  # a corpus has few different meta texts
 def _can_begin_meta(text: str) -> bool:
     """Whether some meta text begins with `text`."""
     if begun := _VIDEO_BEFORE_SECONDS.match(text):

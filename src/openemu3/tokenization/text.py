@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 
 import tiktoken
 
-from openemu3.records import InputError
+from openemu3.records import InputError, check_unicode
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -28,7 +28,6 @@ if TYPE_CHECKING:
 SPLIT_PATTERN = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 # The regex engine keeps one backtracking entry per blank and gives up (a Rust panic) at a million.
 MAX_BLANKS = 100_000
-_TOO_MANY_BLANKS = re.compile(rf"\s{{{MAX_BLANKS + 1}}}")
 
 
 class TextTokenizer:
@@ -67,11 +66,8 @@ class TextTokenizer:
     def encode(self, text: str) -> list[int]:
         """Ids of the NFC-normalised text; empty for empty text. Raises InputError for text that is no valid Unicode or has a run
         of more than 100,000 blanks."""
-        try:
-            text.encode("utf-8")
-        except UnicodeEncodeError as error:
-            raise InputError(f"text has a lone surrogate at index {error.start}; only valid Unicode is allowed") from error
-        if len(text) > MAX_BLANKS and _TOO_MANY_BLANKS.search(text):
+        check_unicode(text)
+        if len(text) > MAX_BLANKS and any(len(run[0]) > MAX_BLANKS for run in re.finditer(r"\s+", text)):
             raise InputError(f"text has a run of more than {MAX_BLANKS} blanks; at most {MAX_BLANKS} are allowed")
         return self._encoding.encode_ordinary(unicodedata.normalize("NFC", text))
 
