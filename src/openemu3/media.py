@@ -15,7 +15,7 @@ import math
 import os
 import stat
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
@@ -41,7 +41,7 @@ MAX_FPS = 999
 MAX_ASPECT = 5
 
 # Formats that hold pictures and nothing else: no PostScript, no layered documents, no old formats with unmaintained decoders.
-_PICTURE_FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF", "MPO")
+_PICTURE_FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF")
 _ANIMATION_FORMATS = ("GIF", "WEBP", "PNG", "AVIF")
 # FFmpeg demuxers that read the one file they are given. Playlists and concatenation scripts (hls, dash, concat) stay out.
 _VIDEO_FORMATS = "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,mpeg,mpegts,mpegvideo,ogg,flv,asf,h264,hevc,m4v,ivf,mjpeg,nut,yuv4mpegpipe"
@@ -261,7 +261,7 @@ def stream_video(
 
 @dataclass(frozen=True)
 class _TimedFrame:
-    """A frame uint8 [H, W, 3], the seconds from the first frame to when it appears, how long it stands, and the clock's precision."""
+    """A frame uint8 [H, W, 3], and in seconds: from the first frame to when it appears, how long it stands, and how precise that is."""
 
     array: np.ndarray
     time: Fraction
@@ -284,8 +284,7 @@ def _select_frames(frames: Iterator[_TimedFrame], name: str, fps: float | None, 
                     f"the timestamps of {name} jump from {float(shown.time):.2f} s to {float(frame.time):.2f} s: "
                     f"a frame may stand for at most {MAX_FRAME_SECONDS} s"
                 )
-            # Clocks of containers are coarse (1 ms in Matroska, 10 ms in GIF): a frame counts as there one tick before its stated time,
-            # or rounding would show its predecessor twice.
+            # A frame counts as there one tick before its stated time, or rounding would show its predecessor twice.
             while next_time + frame.tick < frame.time:
                 yield shown.array
                 next_time += step
@@ -306,19 +305,27 @@ def _decode_container(file: IO[bytes], name: str, start: float) -> Iterator[_Tim
         stream.thread_type = "AUTO"
         rate, clock = _get_rate(stream, name), stream.time_base or Fraction(1, 1000)
         origin = (stream.start_time or 0) * clock
+        timed = _has_times(container)
+        # Milliseconds even where the clock is finer: many files passed through Matroska. Less than a frame even where it is coarser.
+        tick = min(max(clock, Fraction(1, 1000)), 1 / rate / 4)
         if seekable:
             container.seek(int((origin + Fraction(start)) / clock), stream=stream, backward=True)
         time = Fraction(0)
         for index, frame in enumerate(container.decode(stream)):
             _check_frame_size(name, frame.height, frame.width)
             # Streams without timestamps run at the stated rate. Time never runs backwards, whatever the file says.
-            stated = index / rate if frame.pts is None else frame.pts * clock - origin
+            stated = index / rate if frame.pts is None or not timed else frame.pts * clock - origin
             time = max(time, stated)
             duration = frame.duration * clock if frame.duration else 1 / rate
             array = frame.to_ndarray(format="rgb24")  # [H, W, 3]
             # FFmpeg gives the angle that turns the stored frame upright, counter-clockwise in degrees, as np.rot90 takes it in quarters.
             turned = np.rot90(array, round(frame.rotation / 90))
-            yield _TimedFrame(turned, time, duration, clock)
+            yield _TimedFrame(turned, time, duration, tick)
+
+
+def _has_times(container: av.container.InputContainer) -> bool:
+    """AVI has a rate only: what FFmpeg states as a frame's time there is wrong where frames are stored out of order."""
+    return container.format.name != "avi"
 
 
 def _lands_before(file: IO[bytes], name: str, start: float) -> bool:
@@ -330,7 +337,7 @@ def _lands_before(file: IO[bytes], name: str, start: float) -> bool:
             target = (stream.start_time or 0) * clock + Fraction(start)
             container.seek(int(target / clock), stream=stream, backward=True)
             landed = next(container.decode(stream), None)
-            return landed is not None and landed.pts is not None and landed.pts * clock <= target
+            return _has_times(container) and landed is not None and landed.pts is not None and landed.pts * clock <= target
     except av.error.FFmpegError:
         return False
 
@@ -339,12 +346,12 @@ def _decode_animation(file: IO[bytes], name: str, start: float) -> Iterator[_Tim
     """Frames of an animated picture, each composed from the ones before it, on white."""
     with Image.open(file, formats=_ANIMATION_FORMATS) as image:
         _check_frame_size(name, image.height, image.width)
-        time = Fraction(0)
+        time, tick = Fraction(0), Fraction(1, 100 if image.format == "GIF" else 1000)
         for index in range(getattr(image, "n_frames", 1)):
             image.seek(index)
             image.load()
             duration = _read_frame_seconds(image)
-            yield _TimedFrame(np.array(_convert_to_rgb(image, name)), time, duration, Fraction(1, 1000))
+            yield _TimedFrame(np.array(_convert_to_rgb(image, name)), time, duration, tick)
             time += duration
 
 
@@ -352,7 +359,7 @@ def _decode_animation(file: IO[bytes], name: str, start: float) -> Iterator[_Tim
 
 
 def write_image(path: str | os.PathLike[str], pixels: torch.Tensor) -> None:
-    """Write pixels [3, 1, H, W] or [3, H, W] in [-1, 1] as .png, .jpg or .webp. Raises InputError for another suffix, OSError on failure."""
+    """Write pixels [3, 1, H, W] or [3, H, W] in [-1, 1] as .png, .jpg or .webp. InputError: another suffix. OSError: not written."""
     formats = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP"}
     path, pictures = Path(path), to_pil(pixels)
     if len(pictures) != 1:
@@ -390,16 +397,16 @@ def write_animation(path: str | os.PathLike[str], pixels: torch.Tensor, fps: flo
 def write_video(path: str | os.PathLike[str], pixels: torch.Tensor | Iterable[torch.Tensor], fps: float) -> None:
     """Write pixels [3, T, H, W] in [-1, 1], or chunks of them one after the other, as .mp4 (H.264, yuv420p, BT.709).
 
-    Every browser plays that. It stores colours for two by two pixels, so an odd height or width gets one more row or column, a copy of the last.
+    Every browser plays that. It stores colours for two by two pixels, so an odd height or width gets one more row or column, a copy
+    of the last.
     """
     path = Path(path)
     _check_suffix(path, {".mp4": "mp4"})
     if not 0 < fps <= MAX_FPS:
         raise InputError(f"cannot write {path} at {fps} frames per second: allowed is more than 0 and at most {MAX_FPS}")
     chunks = [pixels] if isinstance(pixels, torch.Tensor) else pixels
-    with _write_aside(path) as partial, partial.open("wb") as file:
-        # Through a Python file, so that a full disk is an OSError with its reason.
-        with av.open(file, "w", format="mp4", options={"movflags": "+faststart"}) as container:
+    with _write_aside(path) as partial:
+        with av.open(str(partial), "w", format="mp4", options={"movflags": "+faststart"}) as container:
             stream = None
             for chunk in chunks:
                 for array in _to_frames(chunk):
@@ -407,7 +414,8 @@ def write_video(path: str | os.PathLike[str], pixels: torch.Tensor | Iterable[to
                     if stream is None:
                         stream = container.add_stream("libx264", rate=Fraction(fps).limit_denominator(100_000))
                         stream.height, stream.width, stream.pix_fmt = array.shape[0], array.shape[1], "yuv420p"
-                        stream.options = {"crf": "18", "colorprim": "bt709"}
+                        # One thread: with more, x264 now and then writes other bytes for the same frames (4 of 400 tiny clips).
+                        stream.options = {"crf": "18", "threads": "1"}
                         stream.codec_context.color_range, stream.codec_context.colorspace = 1, 1
                         stream.codec_context.color_primaries, stream.codec_context.color_trc = 1, 1
                     elif array.shape[:2] != (stream.height, stream.width):
@@ -439,7 +447,8 @@ def _write_aside(path: Path) -> Iterator[Path]:
     except (ValueError, av.error.FFmpegError) as error:  # the encoder refuses, for example a side that its format cannot state
         raise InputError(f"cannot write {path}: {error}; nothing was left behind") from error
     finally:
-        partial.unlink(missing_ok=True)
+        with suppress(OSError):  # not there after success, nor where its folder could not be made
+            partial.unlink()
 
 
 # ----------------------------------------------------------------------------------------------------------------------------- the details
@@ -554,7 +563,7 @@ def _read_frame_seconds(image: Image.Image) -> Fraction:
 def _open_container(file: IO[bytes], name: str) -> Iterator[av.container.InputContainer]:
     """A video file with at least one video stream of allowed size."""
     try:
-        opened = av.open(file, options={"format_whitelist": _VIDEO_FORMATS})
+        opened = av.open(file, "r", options={"format_whitelist": _VIDEO_FORMATS})
     except av.error.FFmpegError as error:
         raise InputError(f"{name} is not a video that can be read: {_summarize(error)}") from error
     with opened as container:
