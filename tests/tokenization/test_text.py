@@ -19,6 +19,7 @@ HARD_STRINGS = [
     "中文English混排，1024×768像素。",
     "日本語とカタカナ、한국어도 있어요.",
     "DON'T do it, I'LL wait; they've 'd 'S ’t it’s",
+    "WE'VERY 'LLLL 'Move 'SS we'llama don'ty",  # a contraction is split off inside a word, in either case
     "f(x)=sin(x)\n\n\n  return 0;\r\n\r\n\tend",
     "one\n\ntwo\n \nthree   \n   four",
     "trailing spaces   ",
@@ -147,7 +148,15 @@ def test_a_missing_file(tmp_path):
 
 
 CORPUS = [
-    *["grinning face", "smiling cat with heart-eyes", "woman astronaut: medium skin tone", "flag", "keycap 10", "don't, won't, I'LL"],
+    *[
+        "grinning face",
+        "smiling cat with heart-eyes",
+        "woman astronaut: medium skin tone",
+        "flag",
+        "keycap 10",
+        "10 of 2024, 2024",
+        "don't, won't, I'LL",
+    ],
     *["笑脸", "戴墨镜的猫", "女宇航员：中等肤色", "红苹果，青苹果", "e\u0301cole", "banana bandana cabana", "aaaaaaaaaa abababababa"],
     *HARD_STRINGS,
 ]
@@ -173,6 +182,10 @@ def test_training_does_not_depend_on_the_order_of_texts():
     shuffled = list(CORPUS)
     random.Random(1).shuffle(shuffled)
     assert train_text_tokenizer(CORPUS, 640) == train_text_tokenizer(shuffled, 640) == train_text_tokenizer(iter(CORPUS), 640)
+
+
+def test_training_never_joins_digits(trained):
+    assert trained.encode("2024 10") == [17, 15, 17, 19, trained.encode(" ")[0], 16, 15]
 
 
 def test_training_learns(trained):
