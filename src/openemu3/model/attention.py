@@ -72,7 +72,7 @@ class PackedAttention:
         documents = torch.zeros(len(lengths), num_tokens, dtype=torch.int64)
         for row, row_lengths in enumerate(lengths):
             if min(row_lengths, default=1) < 1 or sum(row_lengths) > num_tokens:
-                raise ValueError(f"row {row} has documents of {list(row_lengths)} tokens; each >= 1, at most {num_tokens} together is allowed")
+                raise ValueError(f"row {row} has document lengths {list(row_lengths)}; 1 or more each and {num_tokens} in all is allowed")
             ids = torch.arange(1, len(row_lengths) + 1).repeat_interleave(torch.tensor(row_lengths, dtype=torch.int64))
             documents[row, : len(ids)] = ids
         return cls(documents.to(device), dropout)

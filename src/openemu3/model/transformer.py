@@ -17,6 +17,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from openemu3.records import InputError
+
 
 @dataclass(frozen=True)
 class TransformerConfig:
@@ -45,17 +47,17 @@ class TransformerConfig:
         ):  # fmt: skip
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise ValueError(f"{name} is {value!r}; a whole number of at least 1 is allowed")
+                raise InputError(f"{name} is {value!r}; a whole number of at least 1 is allowed")
         for name in ("rope_theta", "norm_eps", "init_std"):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < float("inf"):
-                raise ValueError(f"{name} is {value!r}; a finite number above 0 is allowed")
+                raise InputError(f"{name} is {value!r}; a finite number above 0 is allowed")
         if isinstance(self.dropout, bool) or not isinstance(self.dropout, int | float) or not 0 <= self.dropout < 1:
-            raise ValueError(f"dropout is {self.dropout!r}; 0 <= dropout < 1 is allowed")
+            raise InputError(f"dropout is {self.dropout!r}; 0 <= dropout < 1 is allowed")
         if self.num_heads % self.num_kv_heads:
-            raise ValueError(f"num_heads is {self.num_heads}; a multiple of num_kv_heads ({self.num_kv_heads}) is allowed")
+            raise InputError(f"num_heads is {self.num_heads}; a multiple of num_kv_heads ({self.num_kv_heads}) is allowed")
         if self.head_dim % 2:
-            raise ValueError(f"head_dim is {self.head_dim}; an even number is allowed (rotary positions turn pairs)")
+            raise InputError(f"head_dim is {self.head_dim}; an even number is allowed (rotary positions turn pairs)")
 
 
 class Attention(Protocol):
@@ -210,9 +212,7 @@ class Transformer(nn.Module):
                     parameter.normal_(0.0, self.config.init_std, generator=generator)
 
 
-def build_transformer(
-    config: TransformerConfig, generator: torch.Generator, dtype: torch.dtype = torch.float32
-) -> Transformer:
+def build_transformer(config: TransformerConfig, generator: torch.Generator, dtype: torch.dtype = torch.float32) -> Transformer:
     """A transformer with fresh random weights of `dtype` on the generator's device."""
     transformer = Transformer(config).to(dtype)
     transformer.init_weights(generator)
