@@ -270,7 +270,7 @@ def damaged_files(draw):
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")
-@settings(max_examples=250, deadline=5000)
+@settings(max_examples=250, deadline=60_000)
 @given(damaged_files())
 def test_damaged_files_raise_only_input_error_and_never_hang(data):
     for read in (media.read_image, media.detect_kind, lambda data: media.read_video(data, fps=8, max_frames=20)[0]):
@@ -653,7 +653,7 @@ def test_write_animation(suffix, fps, tmp_path):
 def test_write_animation_of_one_frame_or_too_fast(tmp_path):
     media.write_animation(tmp_path / "one.webp", make_clip(1), 8)
     assert media.read_image(tmp_path / "one.webp").shape == (3, 1, 32, 48)
-    with pytest.raises(InputError, match="at most 50"):
+    with pytest.raises(InputError, match="60 frames per second are not possible in GIF: .* at most 50"):
         media.write_animation(tmp_path / "fast.gif", make_clip(), 60)
     assert not (tmp_path / "fast.gif").exists()
 

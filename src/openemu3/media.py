@@ -11,6 +11,7 @@ Shapes: C = 3 colours (red, green, blue), T frames, H rows, W columns. All of it
 from __future__ import annotations
 
 import io
+import itertools
 import math
 import os
 import stat
@@ -365,33 +366,35 @@ def write_image(path: str | os.PathLike[str], pixels: torch.Tensor) -> None:
     if len(pictures) != 1:
         raise InputError(f"cannot write {len(pictures)} frames to {path} as one picture: use write_animation or write_video")
     _check_suffix(path, formats)
-    with _write_aside(path) as partial:
+    with write_aside(path) as partial:
         pictures[0].save(partial, format=formats[path.suffix.lower()], quality=95)
 
 
 def write_animation(path: str | os.PathLike[str], pixels: torch.Tensor, fps: float) -> None:
-    """Write pixels [3, T, H, W] in [-1, 1] as an endless .gif or .webp. GIF counts hundredths of a second: at most 50 frames per second."""
-    formats, limits = {".gif": "GIF", ".webp": "WEBP"}, {".gif": 50, ".webp": 1000}
-    path, pictures = Path(path), to_pil(pixels)
-    _check_suffix(path, formats)
-    suffix = path.suffix.lower()
-    if not 0 < fps <= limits[suffix]:
-        raise InputError(f"cannot write {path} at {fps} frames per second: allowed is more than 0 and at most {limits[suffix]}")
-    unit = 10 if suffix == ".gif" else 1  # milliseconds
+    """Write pixels [3, T, H, W] in [-1, 1] as an endless .gif or .webp. Raises InputError as `encode_animation` does, or OSError."""
+    path = Path(path)
+    _check_suffix(path, {".gif": "GIF", ".webp": "WEBP"})
+    data = encode_animation(pixels, fps, "GIF" if path.suffix.lower() == ".gif" else "WEBP")
+    with write_aside(path) as partial:
+        partial.write_bytes(data)
+
+
+def encode_animation(pixels: torch.Tensor, fps: float, format: Literal["GIF", "WEBP"]) -> bytes:
+    """Pixels [3, T, H, W] in [-1, 1] -> the bytes of an endless animation.
+
+    Raises InputError for a rate that is not allowed: GIF counts hundredths of a second, so that its limit is 50 frames per second.
+    """
+    limit, unit = (50, 10) if format == "GIF" else (MAX_FPS, 1)  # frames per second, milliseconds
+    if not 0 < fps <= limit:
+        raise InputError(f"{fps} frames per second are not possible in {format}: allowed is more than 0 and at most {limit}")
+    first, *rest = to_pil(pixels)
     # Rounding each frame's end, not each frame's length, keeps the whole clip at its true length.
-    ends = [round((index + 1) * 1000 / fps / unit) * unit for index in range(len(pictures))]
-    durations = [end - begin for begin, end in zip([0, *ends], ends, strict=False)]
-    with _write_aside(path) as partial:
-        pictures[0].save(
-            partial,
-            format=formats[suffix],
-            save_all=True,
-            append_images=pictures[1:],
-            duration=durations if len(durations) > 1 else durations[0],
-            loop=0,
-            quality=90,
-            disposal=1,
-        )
+    ends = [round(index * 1000 / fps / unit) * unit for index in range(len(rest) + 2)]
+    durations = [end - begin for begin, end in itertools.pairwise(ends)]
+    buffer = io.BytesIO()
+    duration = durations if rest else durations[0]
+    first.save(buffer, format=format, save_all=True, append_images=rest, duration=duration, loop=0, quality=90, disposal=1)
+    return buffer.getvalue()
 
 
 def write_video(path: str | os.PathLike[str], pixels: torch.Tensor | Iterable[torch.Tensor], fps: float) -> None:
@@ -405,7 +408,7 @@ def write_video(path: str | os.PathLike[str], pixels: torch.Tensor | Iterable[to
     if not 0 < fps <= MAX_FPS:
         raise InputError(f"cannot write {path} at {fps} frames per second: allowed is more than 0 and at most {MAX_FPS}")
     chunks = [pixels] if isinstance(pixels, torch.Tensor) else pixels
-    with _write_aside(path) as partial:
+    with write_aside(path) as partial:
         with av.open(str(partial), "w", format="mp4", options={"movflags": "+faststart"}) as container:
             stream = None
             for chunk in chunks:
@@ -433,8 +436,11 @@ def write_video(path: str | os.PathLike[str], pixels: torch.Tensor | Iterable[to
 
 
 @contextmanager
-def _write_aside(path: Path) -> Iterator[Path]:
-    """Gives a path beside `path` to write to; moves it into place on success and removes it on failure."""
+def write_aside(path: Path) -> Iterator[Path]:
+    """Gives a path beside `path` to write to; moves it into place on success and removes it on failure. Makes the folder if need be.
+
+    Raises OSError with one sentence, InputError if an encoder refuses.
+    """
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
