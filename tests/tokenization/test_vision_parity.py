@@ -4,7 +4,6 @@ Known faults of the oracle that the tests go around: its 5-D encode crops time a
 crop anything), it drops frames that do not fill a group of four (so it gets whole groups), and it must be in evaluation mode.
 """
 
-import re
 import subprocess
 import sys
 from pathlib import Path
@@ -15,6 +14,7 @@ from torch import Tensor, nn
 from transformers.models.emu3.configuration_emu3 import Emu3VQVAEConfig
 from transformers.models.emu3.modeling_emu3 import Emu3VQVAE
 
+from openemu3.model.layouts import to_published_name, to_published_shape
 from openemu3.records import InputError
 from openemu3.tokenization.vision import VisionTokenizer, VisionTokenizerConfig
 
@@ -51,22 +51,17 @@ def build_pair(config: VisionTokenizerConfig, seed: int = 0) -> tuple[VisionToke
     oracle.to_empty(device="cpu").eval()
     randomise(oracle, seed)
     # Shared storage: at full width one copy is 1.08 GB.
-    ours.load_state_dict({official_name(k): official_tensor(k, v) for k, v in oracle.state_dict().items()}, strict=True, assign=True)
+    ours.load_state_dict(to_published(oracle.state_dict()), strict=True, assign=True)
     return ours, oracle
 
 
-def official_name(name: str) -> str:
-    """A transformers 5 parameter name as published."""
-    name = re.sub(r"\.(down|up)_block\.", ".", name)
-    name = re.sub(r"\.attn_norms\.(\d)\.", r".attn.\1.norm.", name)
-    name = name.replace(".middle_block.attn_norm.", ".mid.attn_1.norm.").replace(".middle_block.", ".mid.")
-    name = re.sub(r"\.([qkv])_proj\.", r".\1.", name)
-    return name.replace(".out_proj.", ".proj_out.")
-
-
-def official_tensor(name: str, tensor: Tensor) -> Tensor:
-    is_projection = re.search(r"\.(q|k|v|proj_out)\.weight$", official_name(name))
-    return tensor[:, :, None, None] if is_projection else tensor
+def to_published(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    published = {}
+    for name, tensor in state.items():
+        part, official = to_published_name(name)
+        assert part == "vision_tokenizer"
+        published[official] = tensor.view(to_published_shape(official, tensor.shape))
+    return published
 
 
 @torch.no_grad()
