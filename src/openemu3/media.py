@@ -15,7 +15,7 @@ import itertools
 import math
 import os
 import stat
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from fractions import Fraction
@@ -40,6 +40,11 @@ MAX_CLIP_PIXELS = 2**29
 MAX_FRAME_SECONDS = 600
 MAX_FPS = 999
 MAX_ASPECT = 5
+
+# What `write_image` and `Film.save` take.
+IMAGE_SUFFIXES = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP"}
+ANIMATION_SUFFIXES = {".gif": "GIF", ".webp": "WEBP"}
+VIDEO_SUFFIXES = {".mp4": "MP4"}
 
 # Formats that hold pictures and nothing else: no PostScript, no layered documents, no old formats with unmaintained decoders.
 _PICTURE_FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF")
@@ -361,19 +366,18 @@ def _decode_animation(file: IO[bytes], name: str, start: float) -> Iterator[_Tim
 
 def write_image(path: str | os.PathLike[str], pixels: torch.Tensor) -> None:
     """Write pixels [3, 1, H, W] or [3, H, W] in [-1, 1] as .png, .jpg or .webp. InputError: another suffix. OSError: not written."""
-    formats = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP"}
     path, pictures = Path(path), to_pil(pixels)
     if len(pictures) != 1:
         raise InputError(f"cannot write {len(pictures)} frames to {path} as one picture: use write_animation or write_video")
-    _check_suffix(path, formats)
+    check_suffix(path, IMAGE_SUFFIXES)
     with write_aside(path) as partial:
-        pictures[0].save(partial, format=formats[path.suffix.lower()], quality=95)
+        pictures[0].save(partial, format=IMAGE_SUFFIXES[path.suffix.lower()], quality=95)
 
 
 def write_animation(path: str | os.PathLike[str], pixels: torch.Tensor, fps: float) -> None:
     """Write pixels [3, T, H, W] in [-1, 1] as an endless .gif or .webp. Raises InputError as `encode_animation` does, or OSError."""
     path = Path(path)
-    _check_suffix(path, {".gif": "GIF", ".webp": "WEBP"})
+    check_suffix(path, ANIMATION_SUFFIXES)
     data = encode_animation(pixels, fps, "GIF" if path.suffix.lower() == ".gif" else "WEBP")
     with write_aside(path) as partial:
         partial.write_bytes(data)
@@ -404,7 +408,7 @@ def write_video(path: str | os.PathLike[str], pixels: torch.Tensor | Iterable[to
     of the last.
     """
     path = Path(path)
-    _check_suffix(path, {".mp4": "mp4"})
+    check_suffix(path, VIDEO_SUFFIXES)
     if not 0 < fps <= MAX_FPS:
         raise InputError(f"cannot write {path} at {fps} frames per second: allowed is more than 0 and at most {MAX_FPS}")
     chunks = [pixels] if isinstance(pixels, torch.Tensor) else pixels
@@ -433,6 +437,12 @@ def write_video(path: str | os.PathLike[str], pixels: torch.Tensor | Iterable[to
                 raise InputError(f"cannot write {path}: there are no frames")
             for packet in stream.encode():
                 container.mux(packet)
+
+
+def check_suffix(path: Path, allowed: Collection[str]) -> None:
+    """Raises InputError unless the name ends in one of the suffixes."""
+    if path.suffix.lower() not in allowed:
+        raise InputError(f"cannot write {path}: the name must end in {' or '.join(allowed)}")
 
 
 @contextmanager
@@ -515,11 +525,6 @@ def _check_frame_size(name: str, height: int, width: int) -> None:
         raise InputError(f"{name} is too large: {width}x{height} pixels, at most {MAX_FRAME_PIXELS} are allowed")
     if height * width == 0:
         raise InputError(f"{name} has no pixels: it says it is {width}x{height}")
-
-
-def _check_suffix(path: Path, allowed: dict[str, str]) -> None:
-    if path.suffix.lower() not in allowed:
-        raise InputError(f"cannot write {path}: the name must end in {' or '.join(allowed)}")
 
 
 def _convert_to_rgb(image: Image.Image, name: str) -> Image.Image:

@@ -1,0 +1,460 @@
+"""The command `emu3`: one dataclass per subcommand, whose fields are its flags and whose `run` does the work.
+
+In: the command line. Out: files, or text on stdout; progress and errors on stderr. Exit code 0, 2 for bad input (one sentence, no
+traceback), 130 for Ctrl-C. The surprising thing: rooms are imported inside `run`, so that `emu3 --help` does not wait for torch.
+
+To add a subcommand: write a frozen dataclass with a docstring (its help) and a `run` method, and name it in `COMMANDS`.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Protocol
+
+import tyro
+from tyro.conf import Positional, arg, subcommand
+
+from openemu3 import __version__
+from openemu3.records import InputError
+
+if TYPE_CHECKING:
+    from openemu3.generation.tasks import Emu3
+
+# --seed, not --drawing.seed; --json without --no-json; --height INT, not {None}|INT; PROMPT, not STR.
+TYRO_MARKERS = (
+    tyro.conf.OmitArgPrefixes,
+    tyro.conf.OmitSubcommandPrefixes,
+    tyro.conf.FlagCreatePairsOff,
+    tyro.conf.DisallowNone,
+    tyro.conf.PositionalMetavarFromFieldName,
+)
+BAD_INPUT = 2
+INTERRUPTED = 130
+
+
+class Command(Protocol):
+    def run(self) -> None: ...
+
+
+class MoveBar(Protocol):
+    """Moves a progress bar; a title, if given, replaces the one it has."""
+
+    def __call__(self, done: int, total: int, title: str | None = None) -> None: ...
+
+
+# ------------------------------------------------------------------------------------------------------------------ what commands share
+
+
+@dataclass(frozen=True)
+class ModelOptions:
+    """Which model, and where it runs."""
+
+    model: str = "mini"
+    """Folder with the weights, as published or ours, or "mini", the small one that is part of this package."""
+    tokenizer: Path | None = None
+    """Folder of the vision tokenizer, where it is not in the model's (the published Emu3-VisionTokenizer)."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where to compute: auto takes the GPU if there is one."""
+    dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
+    """Number format of the language model; the vision tokenizer is always float32."""
+
+    def load(self) -> Emu3:
+        with show_progress(f"loading {self.model}"):
+            import torch
+
+            from openemu3.generation.tasks import Emu3
+
+            if self.device == "cuda" and not torch.cuda.is_available():
+                raise InputError("device is cuda, but torch finds no GPU here; allowed are auto and cpu")
+            device = None if self.device == "auto" else self.device
+            return Emu3.load(self.model, tokenizer_folder=self.tokenizer, device=device, dtype=getattr(torch, self.dtype))
+
+
+@dataclass(frozen=True)
+class DrawingOptions:
+    """How visual tokens are drawn; what is not given is as the model wants it."""
+
+    negative_prompt: str | None = None
+    """What to keep away from, in words; "" for nothing."""
+    guidance: float | None = None
+    """How strongly the sentence counts (classifier-free guidance); 1 is without."""
+    temperature: float | None = None
+    """0 takes the likeliest token each time; 1 leaves the distribution as it is."""
+    top_k: int | None = None
+    """Choose among the k likeliest tokens; 0 for all."""
+    top_p: float | None = None
+    """Choose among the likeliest tokens that together reach this probability; 1 for all."""
+    seed: int = 0
+    """The same seed gives the same result."""
+
+
+@dataclass(frozen=True)
+class SizeOptions:
+    """Size of the picture: height and width, or an aspect ratio at the resolution."""
+
+    height: int | None = None
+    """Pixels, a multiple of 8."""
+    width: int | None = None
+    """Pixels, a multiple of 8."""
+    aspect_ratio: str = "1:1"
+    """Width:height, whole numbers."""
+    resolution: int | None = None
+    """Side of the square of the same area; otherwise what the model was trained on."""
+
+
+@dataclass(frozen=True)
+class TextOptions:
+    """How text is written."""
+
+    max_new_tokens: int = 256
+    """Longest answer."""
+    temperature: float = 0.0
+    """0 takes the likeliest token each time."""
+    top_k: int = 0
+    """Choose among the k likeliest tokens; 0 for all."""
+    top_p: float = 1.0
+    """Choose among the likeliest tokens that together reach this probability; 1 for all."""
+    seed: int = 0
+    """The same seed gives the same answer."""
+
+
+Json = Annotated[bool, arg(name="json", help="Print one JSON object instead of text.")]
+Files = tuple[Path, ...]
+
+
+@contextmanager
+def show_progress(title: str) -> Iterator[MoveBar]:
+    """A bar on stderr for as long as the block runs; gives the function that moves it."""
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, SpinnerColumn, TaskProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+    columns = (
+        SpinnerColumn(),
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TaskProgressColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bars:
+        task = bars.add_task(title, total=None)
+
+        def move(done: int, total: int, title: str | None = None) -> None:
+            bars.update(task, completed=done, total=total, description=title)
+
+        yield move
+
+
+def print_answer(as_json: bool, text: str, answer: dict[str, Any]) -> None:
+    """Text for a person, or one JSON object for a program."""
+    print(json.dumps(answer, ensure_ascii=False) if as_json else text)
+
+
+def check_outputs(paths: Sequence[Path], suffixes: Sequence[str]) -> None:
+    """Finds out before the work whether the files can be written: their suffix, and their folder. Raises InputError or OSError."""
+    from openemu3 import media
+
+    for path in paths:
+        media.check_suffix(path, suffixes)
+        if path.is_dir():
+            raise InputError(f"cannot write {path}: it is a folder, a file name is needed")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if not os.access(path.parent, os.W_OK):
+            raise InputError(f"cannot write {path}: its folder is read-only")
+
+
+# ------------------------------------------------------------------------------------------------------------------------------ generate
+
+
+@dataclass(frozen=True)
+class GenerateImage:
+    """Draw pictures of a sentence."""
+
+    prompt: Positional[str]
+    """What to draw."""
+    output: Path = Path("outputs/picture.png")
+    """File to write: .png, .jpg or .webp. Several pictures get -0, -1, ... at the end of the name."""
+    num_images: int = 1
+    """How many pictures."""
+    json: Json = False
+    size: SizeOptions = field(default_factory=SizeOptions)
+    drawing: DrawingOptions = field(default_factory=DrawingOptions)
+    model: ModelOptions = field(default_factory=ModelOptions)
+
+    def run(self) -> None:
+        from openemu3 import media
+
+        if self.num_images < 1:
+            raise InputError(f"num-images is {self.num_images}; at least 1 is allowed")
+        several = self.num_images > 1
+        paths = [self.output.with_stem(f"{self.output.stem}-{index}") if several else self.output for index in range(self.num_images)]
+        check_outputs(paths, list(media.IMAGE_SUFFIXES))
+        emu3 = self.model.load()
+        began = time.monotonic()
+        with show_progress("drawing") as move:
+            pictures = emu3.draw(self.prompt, num_images=self.num_images, progress=move, **asdict(self.size), **asdict(self.drawing))
+        for path, picture in zip(paths, pictures, strict=True):
+            media.write_image(path, media.from_pil(picture))
+        _report(self.json, paths, began, prompt=self.prompt, seed=self.drawing.seed, height=pictures[0].height, width=pictures[0].width)
+
+
+@dataclass(frozen=True)
+class GenerateVideo:
+    """Make a film of a sentence."""
+
+    prompt: Positional[str]
+    """What happens in it."""
+    output: Path = Path("outputs/film.mp4")
+    """File to write: .mp4, .gif or .webp."""
+    seconds: float = 2.0
+    """Length; what is longer than the model's own clips is continued piece by piece."""
+    fps: float | None = None
+    """Frames per second; otherwise as the model was trained."""
+    json: Json = False
+    size: SizeOptions = field(default_factory=SizeOptions)
+    drawing: DrawingOptions = field(default_factory=DrawingOptions)
+    model: ModelOptions = field(default_factory=ModelOptions)
+
+    def run(self) -> None:
+        check_outputs([self.output], _list_film_suffixes())
+        emu3 = self.model.load()
+        began = time.monotonic()
+        with show_progress("filming") as move:
+            film = emu3.film(self.prompt, self.seconds, self.fps, progress=move, **asdict(self.size), **asdict(self.drawing))
+        film.save(self.output)
+        facts = {"fps": film.fps, "num_frames": film.num_frames, "height": film.pixels.shape[2], "width": film.pixels.shape[3]}
+        _report(self.json, [self.output], began, prompt=self.prompt, seed=self.drawing.seed, **facts)
+
+
+@dataclass(frozen=True)
+class GenerateContinue:
+    """Continue a film past its end. The new file holds the given frames and the new ones."""
+
+    film: Positional[Path]
+    """Video file, animated GIF or animated WebP."""
+    output: Path = Path("outputs/continued.mp4")
+    """File to write: .mp4, .gif or .webp."""
+    seconds: float = 2.0
+    """How much longer it becomes."""
+    prompt: str = ""
+    """What happens in it, if there is something to say."""
+    json: Json = False
+    drawing: DrawingOptions = field(default_factory=DrawingOptions)
+    model: ModelOptions = field(default_factory=ModelOptions)
+
+    def run(self) -> None:
+        from openemu3 import media
+
+        check_outputs([self.output], _list_film_suffixes())
+        media.probe_video(self.film)  # a bad file is told before the model is loaded
+        emu3 = self.model.load()
+        began = time.monotonic()
+        with show_progress("continuing") as move:
+            film = emu3.continue_film(self.film, self.seconds, self.prompt, progress=move, **asdict(self.drawing))
+        film.save(self.output)
+        _report(self.json, [self.output], began, seed=self.drawing.seed, fps=film.fps, num_frames=film.num_frames)
+
+
+@dataclass(frozen=True)
+class Generate:
+    """Draw pictures, make films, continue films."""
+
+    task: (
+        Annotated[GenerateImage, subcommand("image")]
+        | Annotated[GenerateVideo, subcommand("video")]
+        | Annotated[GenerateContinue, subcommand("continue")]
+    )
+
+    def run(self) -> None:
+        self.task.run()
+
+
+def _list_film_suffixes() -> list[str]:
+    from openemu3 import media
+
+    return [*media.VIDEO_SUFFIXES, *media.ANIMATION_SUFFIXES]
+
+
+def _report(as_json: bool, paths: Sequence[Path], began: float, **facts: object) -> None:
+    """Says which files were written."""
+    names = [str(path) for path in paths]
+    print_answer(as_json, "\n".join(names), {"files": names, "seconds": round(time.monotonic() - began, 3), **facts})
+
+
+# ------------------------------------------------------------------------------------------------------------------------ understanding
+
+
+@dataclass(frozen=True)
+class Describe:
+    """Say what pictures and films show, each by itself."""
+
+    media: Positional[Files]
+    """Picture and video files, at least one."""
+    json: Json = False
+    text: TextOptions = field(default_factory=TextOptions)
+    model: ModelOptions = field(default_factory=ModelOptions)
+
+    def run(self) -> None:
+        if not self.media:
+            raise InputError("no file was given; at least one picture or film is needed")
+        _check_media(self.media)
+        emu3 = self.model.load()
+        with show_progress("reading") as move:
+            texts = emu3.describe(list(self.media), progress=move, **asdict(self.text))
+        lines = texts if len(texts) == 1 else [f"{path}: {text}" for path, text in zip(self.media, texts, strict=True)]
+        answer = [{"file": str(path), "text": text} for path, text in zip(self.media, texts, strict=True)]
+        print_answer(self.json, "\n".join(lines), {"descriptions": answer})
+
+
+@dataclass(frozen=True)
+class Answer:
+    """Answer a question, about pictures and films or about nothing. The mini model was not trained for this."""
+
+    question: Positional[str]
+    """What you want to know."""
+    media: Positional[Files] = ()
+    """Picture and video files that the question is about."""
+    json: Json = False
+    text: TextOptions = field(default_factory=TextOptions)
+    model: ModelOptions = field(default_factory=ModelOptions)
+
+    def run(self) -> None:
+        _check_media(self.media)
+        emu3 = self.model.load()
+        with show_progress("answering") as move:
+            text = emu3.answer(list(self.media), self.question, progress=move, **asdict(self.text))
+        print_answer(self.json, text, {"question": self.question, "files": [str(path) for path in self.media], "text": text})
+
+
+@dataclass(frozen=True)
+class Chat:
+    """Talk with the model: type a line, get an answer. The mini model was not trained for this.
+
+    "/show FILE" shows a picture or film together with your next line; an empty line ends the talk.
+    """
+
+    json: Json = False
+    """Print each answer as one JSON object on one line."""
+    text: TextOptions = field(default_factory=TextOptions)
+    model: ModelOptions = field(default_factory=ModelOptions)
+
+    def run(self) -> None:
+        emu3 = self.model.load()
+        from openemu3.generation.tasks import Exchange
+
+        turns: list[Exchange] = []
+        shown: list[Path] = []
+        for line in _read_lines():
+            try:
+                if line.startswith("/show "):
+                    path = Path(line.removeprefix("/show ").strip()).expanduser()
+                    _check_media([path])
+                    shown.append(path)
+                    continue
+                turn = Exchange(line, tuple(shown))
+                with show_progress("answering") as move:
+                    text = emu3.chat([*turns, turn], progress=move, **asdict(self.text))
+            except InputError as error:
+                if not sys.stdin.isatty():
+                    raise
+                print(f"emu3: {error}", file=sys.stderr)  # a slip of the hand does not end a talk
+                continue
+            turns.append(Exchange(turn.text, turn.media, text))
+            shown = []
+            print_answer(self.json, text, {"text": text})
+            sys.stdout.flush()
+
+
+def _read_lines() -> Iterator[str]:
+    """Lines typed or piped in, up to the first empty one."""
+    while True:
+        if sys.stdin.isatty():
+            print("> ", end="", file=sys.stderr, flush=True)
+        line = sys.stdin.readline().strip()
+        if not line:
+            return
+        yield line
+
+
+def _check_media(paths: Sequence[Path]) -> None:
+    """A bad file is told before the model is loaded."""
+    from openemu3 import media
+
+    for path in paths:
+        media.detect_kind(path)
+
+
+# ---------------------------------------------------------------------------------------------------------------------------------- demo
+
+
+@dataclass(frozen=True)
+class Demo:
+    """Make a page of pictures, readings and films by the model, and a gallery: index.html and gallery.png."""
+
+    output: Path = Path("outputs/demo")
+    """Folder to write to."""
+    seed: int = 0
+    """The same seed gives the same pictures."""
+    json: Json = False
+    model: ModelOptions = field(default_factory=ModelOptions)
+
+    def run(self) -> None:
+        from openemu3 import demo
+
+        began = time.monotonic()
+        samples = demo.read_demo_samples(self.model.model)
+        check_outputs([self.output / "index.html", self.output / "gallery.png"], [".html", ".png"])
+        emu3 = self.model.load()
+        with show_progress("starting") as move:
+            made = demo.make_demo(emu3, self.model.model, samples, self.seed, lambda part, done, total: move(done, total, part))
+        _report(self.json, demo.write_demo(made, self.output), began, seed=self.seed)
+
+
+# ---------------------------------------------------------------------------------------------------------------------------------- main
+
+COMMANDS: dict[str, Callable[..., Command]] = {
+    "generate": Generate,
+    "describe": Describe,
+    "answer": Answer,
+    "chat": Chat,
+    "demo": Demo,
+}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command line; the exit code. `tyro` itself exits, with 0 after --help and 2 for flags that do not exist."""
+    arguments = sys.argv[1:] if arguments is None else list(arguments)
+    if arguments == ["--version"]:
+        print(f"emu3 {__version__}")
+        return 0
+    try:
+        command = tyro.extras.subcommand_cli_from_dict(
+            COMMANDS,
+            prog="emu3",
+            description="Draw, film, continue films and talk about pictures, with one transformer that predicts the next token.",
+            args=arguments or ["--help"],
+            config=TYRO_MARKERS,
+        )
+        command.run()
+        sys.stdout.flush()
+    except BrokenPipeError:  # `emu3 ... | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except (InputError, OSError) as error:
+        print("emu3: " + " ".join(str(error).split()), file=sys.stderr)
+        return BAD_INPUT
+    except KeyboardInterrupt:
+        print("emu3: stopped", file=sys.stderr)
+        return INTERRUPTED
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
