@@ -1,0 +1,1 @@
+"""Batches to checkpoints: one loop (trainer), and a learner for each thing that is trained."""
