@@ -143,7 +143,9 @@ def show_progress(title: str) -> Iterator[MoveBar]:
         TimeElapsedColumn(),
         TimeRemainingColumn(),
     )
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bars:
+    console = Console(stderr=True)
+    # In a log or a pipe there is nobody to see a bar move, and rich would leave empty lines there.
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bars:
         task = bars.add_task(title, total=None)
 
         def move(done: int, total: int, title: str | None = None) -> None:
@@ -431,10 +433,10 @@ COMMANDS: dict[str, Callable[..., Command]] = {
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command line; the exit code. `tyro` itself exits, with 0 after --help and 2 for flags that do not exist."""
     arguments = sys.argv[1:] if arguments is None else list(arguments)
-    if arguments == ["--version"]:
-        print(f"emu3 {__version__}")
-        return 0
     try:
+        if arguments == ["--version"]:
+            print(f"emu3 {__version__}", flush=True)
+            return 0
         command = tyro.extras.subcommand_cli_from_dict(
             COMMANDS,
             prog="emu3",
