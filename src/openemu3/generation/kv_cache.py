@@ -8,7 +8,7 @@ Prefill (many new tokens a row) goes through SDPA row by row; decoding (one to a
 head with a softmax between, which on a CPU is several times faster than SDPA there, and never repeats keys or values.
 
 Shapes: L layers, R rows, C capacity in tokens, H query heads, KV key/value heads, G = H / KV, K head dim, N new tokens of a pass,
-M the most new tokens of a row in a pass, S the most tokens of a row after the pass.
+M the most new tokens of a row in a pass, S the keys looked at, at least those of the longest row after the pass.
 """
 
 import math
@@ -17,6 +17,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+
+# Decoding looks at the keys up to a multiple of this. On a CPU every new matrix shape in bf16 costs the compilation of a kernel and
+# some 300 KB that stay; 64 steps share one.
+KEY_BLOCK = 64
 
 
 class KeyValueCache:
@@ -129,7 +133,8 @@ class DecodeAttention:
         device = cache.keys.device
         num_rows, most_new = len(counts), max(counts)
         self.num_rows, self.most_new = num_rows, most_new
-        self.num_keys = max(start + count for start, count in zip(starts, counts, strict=True))  # S
+        longest = max(start + count for start, count in zip(starts, counts, strict=True))
+        self.num_keys = min(-(-longest // KEY_BLOCK) * KEY_BLOCK, cache.capacity)  # S
         self.keys, self.values = cache.keys[:, :num_rows], cache.values[:, :num_rows]
         first = torch.tensor(starts)
         if min(counts) == most_new:
@@ -167,9 +172,10 @@ class DecodeAttention:
         line = line.unflatten(1, (self.num_rows, self.most_new)).unflatten(0, (num_kv_heads, -1))  # [KV, G, R, M, K]
         grouped = line.permute(2, 0, 4, 1, 3).flatten(3)  # [R, KV, K, G * M]
         # Keys times queries, not queries times keys: the keys are then read as they lie, and bf16 is three times faster on a CPU.
-        scores = (seen_keys @ grouped).transpose(2, 3).to(torch.float32) * (1 / math.sqrt(head_dim))  # [R, KV, G * M, S]
+        scores = (seen_keys @ grouped).transpose(2, 3).to(torch.float32, memory_format=torch.contiguous_format)  # [R, KV, G * M, S]
+        scores *= 1 / math.sqrt(head_dim)
         if self.hidden is not None:
-            scores = scores.unflatten(2, (-1, self.most_new)).masked_fill(self.hidden, -math.inf).flatten(2, 3)
+            scores.unflatten(2, (-1, self.most_new)).masked_fill_(self.hidden, -math.inf)
         mixed = scores.softmax(dim=-1).to(queries.dtype) @ seen_values  # [R, KV, G * M, K]
         mixed = mixed.unflatten(2, (-1, self.most_new)).permute(1, 2, 0, 3, 4).flatten(2, 3).flatten(0, 1)  # [H, R * M, K]
         return (mixed if self.gathered is None else mixed[:, self.gathered])[None]
