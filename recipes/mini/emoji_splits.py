@@ -13,6 +13,8 @@ from dataclasses import dataclass
 
 from emoji_table import TONES
 
+from openemu3.records import InputError
+
 TRAIN = "train"
 HELDOUT_PICTURE = "heldout_picture"
 HELDOUT_COMBINATION = "heldout_combination"
@@ -89,9 +91,12 @@ def split_videos(
 
 
 def _draw(candidates: Collection[str], groups: dict[str, str], number: int, seed: int, purpose: str) -> list[str]:
-    """`number` candidates in lottery order, each group in proportion to its size (largest remainders)."""
+    """`number` candidates in lottery order, each group in proportion to its size (largest remainders).
+
+    Raises InputError if there are not as many candidates.
+    """
     if number > len(candidates):
-        raise ValueError(f"sizes.{purpose} is {number}; only {len(candidates)} concepts can be held out this way")
+        raise InputError(f"sizes.{purpose} is {number}; only {len(candidates)} concepts can be held out this way")
 
     def rank(concept: str) -> bytes:
         return hashlib.sha256(f"{seed}/{purpose}/{concept}".encode()).digest()

@@ -1,6 +1,6 @@
 """What the Fluent packages get wrong, found by setting every 3D picture beside its flat drawing, and how it is put right.
 
-In: the emoji a file's name stands for. Out: the emoji its picture shows, or None where it shows nothing we have a name for.
+In: the emoji a file's name stands for. Out: the concept and tone its picture shows, or None where the name can't be put right.
 The surprising thing: in the 3D package nearly every medium-light and medium skin tone are exchanged (284 of the 293 concepts that can
 be compared with flat drawings), so that the file ...-1f3fc shows brown hair and the darker skin of the two.
 """
@@ -36,23 +36,18 @@ WRONG_PICTURES = {  # (style, concept, tone) -> what the file shows instead
 }
 
 
-def correct_emoji(named: Emoji, style: str, table: dict[str, Emoji]) -> Emoji | None:
-    """The emoji that the picture named `named` in this style really shows; None if the picture is to be left out.
+def find_shown(named: Emoji, style: str) -> tuple[str, str] | None:
+    """(concept, tone) that the picture named `named` in this style really shows; None if the picture is to be left out.
 
     style: "3D", "flat", "line" or "animated".
     """
     if (style, named.concept, named.tone) in WRONG_PICTURES or (named.tone and named.concept in FAINT_TONES):
         return None
     if style != "3D":
-        return named
+        return named.concept, named.tone
     tone = named.tone
     if named.concept == "person mountain biking":
         tone = MOUNTAIN_BIKING_TONES.get(tone, tone)
     elif named.concept not in RIGHTLY_TONED and not named.concept.startswith(TWO_PEOPLE):
         tone = EXCHANGED_TONES.get(tone, tone)
-    return _find(table, EXCHANGED_CONCEPTS.get(named.concept, named.concept), tone)
-
-
-def _find(table: dict[str, Emoji], concept: str, tone: str) -> Emoji:
-    (found,) = (emoji for emoji in table.values() if (emoji.concept, emoji.tone) == (concept, tone))
-    return found
+    return EXCHANGED_CONCEPTS.get(named.concept, named.concept), tone

@@ -23,7 +23,7 @@ import resvg_py
 import tyro
 from emoji_splits import PictureKey, SplitSizes, split_pictures, split_videos
 from emoji_table import TONES, Emoji, find_flat_hexcodes, normalise_hexcode, read_emoji_table, write_captions
-from fluent_faults import correct_emoji
+from fluent_faults import find_shown
 from PIL import Image
 from rich.console import Console
 from rich.progress import track
@@ -54,7 +54,7 @@ class Preparation:
         packages: folder with the npm tarballs.
         output: folder for the Parquet files.
         size: side of the square pictures, in pixels.
-        fps: frames per second of the clips.
+        fps: frames per second of the clips; it has to divide the sources' 24, and a frame has to last whole milliseconds.
         min_motion: mean absolute difference of neighbouring frames (0 to 255) under which a clip counts as still.
         seed: of the splits.
         sizes: how much is held out.
@@ -64,8 +64,8 @@ class Preparation:
     packages: Path = REPOSITORY / ".cache" / "npm"
     output: Path = REPOSITORY / ".cache" / "mini"
     size: int = 64
-    fps: int = 8
-    min_motion: float = 0.5
+    fps: Literal[1, 2, 4, 8] = 8
+    min_motion: float = 0.4
     seed: int = 0
     sizes: SplitSizes = field(default_factory=SplitSizes)
 
@@ -101,28 +101,29 @@ def list_sources(packages: Path, table: dict[str, Emoji], dropped: Counter[str])
     """Every still picture of the 3D and drawing packages whose emoji is in the table, in the table's order within each style."""
     named: dict[tuple[str, str], tuple[str, str]] = {}
     for member in _list_members(packages / PICTURES_3D, ".webp"):
-        # "23-fe0f-20e3" and "0023-fe0f-20e3" are one picture twice: the first is kept
-        named.setdefault(("3D", normalise_hexcode(Path(member).stem)), (PICTURES_3D, member))
+        # keycaps are there twice, as "0035-fe0f-20e3" and later as "35-fe0f-20e3": the later ones are all of one size
+        named["3D", normalise_hexcode(Path(member).stem)] = (PICTURES_3D, member)
     for folder, style in (("flat", "flat"), ("high-contrast", "line")):
         members = {Path(member).stem: member for member in _list_members(packages / DRAWINGS, ".svg") if f"/{folder}/" in member}
         for file_name, hexcode in find_flat_hexcodes(list(members), table).items():
             named.setdefault((style, hexcode), (DRAWINGS, members[file_name]))
+    by_name = {(emoji.concept, emoji.tone): emoji for emoji in table.values()}
     sources: list[Source] = []
     for (style, hexcode), (package, member) in named.items():
         if hexcode not in table:
             dropped[f"{style}: a country's flag, or people of two skin tones"] += 1
             continue
-        shown = correct_emoji(table[hexcode], style, table)
+        shown = find_shown(table[hexcode], style)
         if shown is None:
             dropped[f"{style}: picture does not show what its name says"] += 1
             continue
-        sources.append(Source(shown, style, package, member))
+        sources.append(Source(by_name[shown], style, package, member))
     order = {hexcode: place for place, hexcode in enumerate(table)}
     return sorted(sources, key=lambda source: (source.style, order[source.emoji.hexcode]))
 
 
 def draw_picture(data: bytes, size: int) -> np.ndarray:
-    """A WebP or SVG file -> uint8 [size, size, 3] on white, by Lanczos from 256 pixels; what isn't square is centred on white."""
+    """A WebP or SVG file -> uint8 [size, size, 3] on white, by Lanczos from 256 pixels."""
     if data.lstrip()[:4] == b"<svg":
         data = bytes(resvg_py.svg_to_bytes(svg_string=data.decode(), width=SOURCE_SIZE, height=SOURCE_SIZE, skip_system_fonts=True))
     with Image.open(io.BytesIO(data)) as picture:
@@ -130,10 +131,13 @@ def draw_picture(data: bytes, size: int) -> np.ndarray:
 
 
 def shrink(picture: Image.Image, size: int) -> np.ndarray:
-    """An RGBA picture of any shape -> uint8 [size, size, 3] on white, centred."""
-    side = max(picture.size)
-    canvas = Image.new("RGBA", (side, side), "white")
-    canvas.alpha_composite(picture, ((side - picture.width) // 2, (side - picture.height) // 2))
+    """An RGBA picture, square or with empty rows on top (three 3D ones have eight) -> uint8 [size, size, 3] on white."""
+    width, height = picture.size
+    surplus = height - width
+    if surplus < 0 or picture.crop((0, 0, width, surplus)).getbbox() is not None:
+        raise ValueError(f"a picture is {width} x {height} pixels; only square ones are expected, or empty rows above a square")
+    canvas = Image.new("RGBA", (width, width), "white")
+    canvas.alpha_composite(picture, (0, 0), (0, surplus))
     return np.asarray(canvas.convert("RGB").resize((size, size), Image.Resampling.LANCZOS))
 
 
@@ -146,7 +150,7 @@ def encode_picture(pixels: np.ndarray) -> bytes:
 
 def prepare_pictures(preparation: Preparation, sources: list[Source], splits: dict[PictureKey, str], what: str) -> Iterator[Sample]:
     """Samples of the still pictures, in Unicode's order of the emoji within each style."""
-    contents = _read_members(preparation.packages, {(source.package, source.member) for source in sources})
+    contents = read_members(preparation.packages, {(source.package, source.member) for source in sources})
     for source in track(sources, what):
         pixels = draw_picture(contents[source.package, source.member], preparation.size)
         yield _build_sample(source.emoji, source.style, "image", encode_picture(pixels), splits[source.key], {})
@@ -171,8 +175,8 @@ def collect_clips(preparation: Preparation, table: dict[str, Emoji], dropped: Co
                 if hexcode not in table or table[hexcode].tone or hexcode in seen:
                     continue
                 seen.add(hexcode)
-                shown = correct_emoji(table[hexcode], "animated", table)
-                if shown is None:
+                emoji = table[hexcode]
+                if find_shown(emoji, "animated") is None:
                     dropped["animated: picture does not show what its name says"] += 1
                     continue
                 frames = draw_clip(archive.extractfile(member).read(), preparation.size, preparation.fps)
@@ -183,7 +187,7 @@ def collect_clips(preparation: Preparation, table: dict[str, Emoji], dropped: Co
                 if motion < preparation.min_motion:
                     dropped[f"animated: moves less than {preparation.min_motion}"] += 1
                     continue
-                clips[shown.hexcode] = Clip(shown, encode_clip(frames, preparation.fps), motion)
+                clips[hexcode] = Clip(emoji, encode_clip(frames, preparation.fps), motion)
     return [clips[hexcode] for hexcode in table if hexcode in clips]
 
 
@@ -253,7 +257,7 @@ def _list_members(package: Path, suffix: str) -> list[str]:
         return sorted(member.name for member in archive if member.name.endswith(suffix))
 
 
-def _read_members(packages: Path, wanted: set[tuple[str, str]]) -> dict[tuple[str, str], bytes]:
+def read_members(packages: Path, wanted: set[tuple[str, str]]) -> dict[tuple[str, str], bytes]:
     """File contents by (package, member); one pass over each tarball, for gzip has no random access."""
     contents: dict[tuple[str, str], bytes] = {}
     for package in sorted({package for package, _ in wanted}):

@@ -62,7 +62,7 @@ def write_samples(path: Path | str, samples: Iterable[Sample]) -> int:
 def read_samples(path: Path | str, splits: Collection[str] | None = None, kind: str | None = None) -> Iterator[Sample]:
     """Stream the samples of a Parquet file in order, those of `splits` and of `kind` alone where given.
 
-    Media of row groups without a wanted row are not read. Raises InputError for a file that is missing or holds no samples.
+    Media of row groups without a wanted row are not read. Raises InputError for a file that is missing, damaged or no file of samples.
     """
     for row in read_columns(path, SAMPLES_SCHEMA.names, splits, kind):
         yield Sample(**row)
@@ -80,7 +80,7 @@ def read_columns(
         raise InputError(f"column {unknown[0]!r} is not a field of a sample; allowed are {', '.join(SAMPLES_SCHEMA.names)}")
     with _open(path) as file:
         for group in range(file.num_row_groups):
-            keys = file.read_row_group(group, columns=["kind", "split"])
+            keys = _read_group(file, group, ["kind", "split"], path)
             wanted = pa.array([True] * len(keys))
             if splits is not None:
                 wanted = pc.and_(wanted, pc.is_in(keys["split"], pa.array(list(splits), pa.string())))
@@ -88,7 +88,7 @@ def read_columns(
                 wanted = pc.and_(wanted, pc.equal(keys["kind"], kind))
             if not pc.any(wanted).as_py():
                 continue
-            table = file.read_row_group(group, columns=list(columns)).filter(wanted)
+            table = _read_group(file, group, list(columns), path).filter(wanted)
             yield from table.to_pylist(maps_as_pydicts="strict")
 
 
@@ -104,6 +104,13 @@ def _open(path: Path | str) -> pq.ParquetFile:
         file.close()
         raise InputError(f"samples file {str(path)!r} has the columns ({fields}); they must be those of SAMPLES_SCHEMA")
     return file
+
+
+def _read_group(file: pq.ParquetFile, group: int, columns: list[str], path: Path | str) -> pa.Table:
+    try:
+        return file.read_row_group(group, columns=columns)
+    except (pa.ArrowException, OSError) as error:
+        raise InputError(f"samples file {str(path)!r} is damaged in row group {group}: {error}") from error
 
 
 def _as_row(sample: Sample) -> dict[str, Any]:
