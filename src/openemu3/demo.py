@@ -81,7 +81,11 @@ class Timing:
 
 @dataclass(frozen=True)
 class Demo:
-    """All that the page shows. `facts`: names and values of what the model is; `model_card`: the text beside the weights."""
+    """All that the page shows.
+
+    facts: names and values of what the model is; model_card: the text beside the weights; context_seconds: how much of a film's end the
+    model looks at to continue it.
+    """
 
     drawings: Sequence[Drawing]
     readings: Sequence[Reading]
@@ -90,6 +94,7 @@ class Demo:
     facts: Sequence[tuple[str, str]]
     model_card: str
     tokens_per_picture: int
+    context_seconds: float
 
 
 Progress = Callable[[str, int, int], None]  # (what is going on, tokens drawn so far, tokens to draw at most)
@@ -145,8 +150,9 @@ def make_demo(emu3: Emu3, model: str, samples: Sequence[Sample], seed: int, prog
         Shot(_say(sample), _get_language(sample), sample.captions["en"], film, continued[index] if index < len(continued) else None)
         for index, (sample, film) in enumerate(zip(scenes, films, strict=True))
     ]
+    context_seconds = emu3.defaults.clip_frames / 2 / emu3.defaults.fps
     tokens = emu3.image_area // emu3.vision_tokenizer.config.spatial_factor**2
-    return Demo(drawings, readings, shots, timings, _list_facts(emu3), _read_model_card(model), tokens)
+    return Demo(drawings, readings, shots, timings, _list_facts(emu3), _read_model_card(model), tokens, context_seconds)
 
 
 def _find_folder(model: str) -> Path:
@@ -218,7 +224,7 @@ def draw_gallery(drawings: Sequence[Drawing]) -> Image.Image:
 
     Marked are sentences that the model was given in Chinese, and combinations that it was not trained on.
     """
-    margin, gap, caption = 24, 16, 62
+    margin, gap, caption = 24, 16, 72
     rows = -(-len(drawings) // GALLERY_COLUMNS)
     width = 2 * margin + GALLERY_COLUMNS * TILE + (GALLERY_COLUMNS - 1) * gap
     height = 2 * margin + rows * (TILE + caption) + max(rows - 1, 0) * gap
@@ -230,10 +236,11 @@ def draw_gallery(drawings: Sequence[Drawing]) -> Image.Image:
         sheet.paste(drawing.picture.convert("RGB").resize((TILE, TILE), Image.Resampling.LANCZOS), (left, top))
         pen.rectangle((left - 1, top - 1, left + TILE, top + TILE), outline="#d4d9de")
         marks = (["not in training"] if drawing.real else []) + (["asked in Chinese"] if drawing.language == "zh" else [])
-        lines = _wrap(drawing.translation, font, TILE + gap - 6, 2 if marks else 3)
+        lines = _wrap(drawing.translation, font, TILE + gap - 6, 4 - max(len(marks), 1))
         for number, line in enumerate(lines):
             pen.text((left, top + TILE + 5 + number * 16), line, "#15191e", font)
-        pen.text((left, top + TILE + 7 + len(lines) * 16), ", ".join(marks), "#b4370b", small)
+        for number, mark in enumerate(marks):
+            pen.text((left, top + TILE + 7 + len(lines) * 16 + number * 14), mark, "#a8330a", small)
     return sheet
 
 
@@ -281,7 +288,10 @@ def build_page(demo: Demo) -> str:
         lead = f"Each {film.seconds:g} seconds long, {film.fps:g} frames a second. They repeat without end."
         sections.append(("filmed", "Filmed", "Filmed from sentences", lead, _build_list("grid films", map(_build_shot, demo.shots))))
     if continued:
-        lead = "Left: the frames that the model was given. Right: the frames it predicted next. Below: stills of both, in order of time."
+        lead = (
+            f"Left: a film from above. Right: what the model predicted next, from its last {demo.context_seconds:g} seconds. "
+            "Below: stills of both, in order of time."
+        )
         body = _build_list("continuations", map(_build_continuation, continued))
         sections.append(("continued", "Continued", "Films, continued past their end", lead, body))
     sections.append(("made", "How", "How this page was made", "", _build_account(demo)))
@@ -412,7 +422,7 @@ _PAGE = """<!doctype html>
 <header>
 <p class="name">openemu3</p>
 <h1>One transformer, predicting the next token</h1>
-<p>{counts} Text, pictures and films are one sequence of tokens to it, and nothing here was drawn by another program.</p>
+<p>{counts} Text, pictures and films are one sequence of tokens to it. Real pictures stand here only where it says so.</p>
 <nav aria-label="Sections">{navigation}</nav>
 </header>
 <main>
@@ -439,7 +449,7 @@ _STYLE = textwrap.dedent("""
     a { color: inherit; text-underline-offset: 4px; padding: 4px 0; }
     a:focus-visible, summary:focus-visible { outline: 3px solid var(--mark); outline-offset: 3px; }
     section { padding: clamp(36px, 5vw, 64px) 0 0; }
-    h2 { margin: 0 0 6px; font: 700 clamp(24px, 3vw, 34px)/1.15 Charter, "Bitstream Charter", Cambria, Georgia, serif;
+    h2 { margin: 0 0 10px; font: 700 clamp(24px, 3vw, 34px)/1.15 Charter, "Bitstream Charter", Cambria, Georgia, serif;
          letter-spacing: -0.01em; }
     h3 { margin: 0 0 8px; font-size: 16px; }
     ul, ol { list-style: none; margin: 0; padding: 0; }

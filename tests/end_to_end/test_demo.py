@@ -13,7 +13,6 @@ import pytest
 from PIL import Image
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-WIDTHS = {"phone": (390, 844), "wide": (1440, 1000)}
 
 
 @pytest.fixture(scope="module")
@@ -113,14 +112,14 @@ def test_same_seed_same_pictures(emu3_command, model_folder, demo_folder, tmp_pa
 
 def test_gallery(demo_folder):
     with Image.open(demo_folder / "gallery.png") as gallery:
-        assert gallery.size == (2 * 24 + 8 * 128 + 7 * 16, 2 * 24 + 2 * (128 + 62) + 16)
+        assert gallery.size == (2 * 24 + 8 * 128 + 7 * 16, 2 * 24 + 2 * (128 + 72) + 16)
         # The two rows of pictures are not blank, and the corner is.
         assert gallery.getpixel((2, 2)) == (255, 255, 255)
-        for left, top in ((24, 24), (24 + 7 * 144, 24 + 206)):
+        for left, top in ((24, 24), (24 + 7 * 144, 24 + 216)):
             assert len(gallery.crop((left, top, left + 128, top + 128)).getcolors(1 << 16)) > 50
 
 
-def screenshot(page_path: Path, target: Path, width: int, height: int, *flags: str) -> Image.Image:
+def take_screenshot(page_path: Path, target: Path, width: int, height: int, *flags: str) -> Image.Image:
     """What Chromium shows of the page."""
     command = [
         str(CHROMIUM), "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--hide-scrollbars",
@@ -131,13 +130,28 @@ def screenshot(page_path: Path, target: Path, width: int, height: int, *flags: s
     return Image.open(target).convert("RGB")
 
 
+@pytest.fixture(scope="module")
+def phone_page(demo_folder):
+    """The page in a frame as wide as a phone: Chromium makes no window that narrow."""
+    path = demo_folder.parent / "phone.html"
+    path.write_text(
+        f'<body style="margin:0"><iframe src="{demo_folder.name}/index.html" style="width:390px;height:1600px;border:0"></iframe>'
+    )
+    return path
+
+
+def count_colours(picture, *box):
+    return len(picture.crop(box).getcolors(1 << 24))
+
+
 @pytest.mark.skipif(CHROMIUM is None, reason="chromium is not installed (Debian package: chromium)")
-def test_page_in_a_real_browser(demo_folder, tmp_path):
-    """Light and dark differ; the page fills a phone and a wide screen without being cut at the right."""
-    light = screenshot(demo_folder / "index.html", tmp_path / "light.png", *WIDTHS["wide"])
-    dark = screenshot(
-        demo_folder / "index.html", tmp_path / "dark.png", *WIDTHS["wide"], "--blink-settings=preferredColorScheme=0"
-    )  # fmt: skip
-    assert light.size == WIDTHS["wide"]
+def test_page_in_a_real_browser(demo_folder, phone_page, tmp_path):
+    light = take_screenshot(demo_folder / "index.html", tmp_path / "light.png", 1440, 1000)
+    dark = take_screenshot(demo_folder / "index.html", tmp_path / "dark.png", 1440, 1000, "--blink-settings=preferredColorScheme=0")
+    phone = take_screenshot(phone_page, tmp_path / "phone.png", 500, 1600)
     assert min(light.getpixel((5, 5))) > 200 and max(dark.getpixel((5, 5))) < 60
-    assert len(light.getcolors(1 << 24)) > 500  # the pictures are there, not only text
+    for page, right in ((light, 1440), (phone, 390)):
+        assert count_colours(page, 0, 0, right, page.height) > 500  # the pictures are there, not only text
+        # Nothing reaches into the margins: all of it fits the width.
+        assert count_colours(page, right - 18, 0, right, page.height) == 1
+        assert count_colours(page, 0, 0, 18, page.height) == 1
