@@ -1,4 +1,4 @@
-"""Full named configurations. `mini` is the small model of our own that a laptop trains and the package ships; the others are published sizes.
+"""Full named configurations. `mini` is our own small model, which a laptop trains and the package ships; the others are published sizes.
 
 The surprising thing: a preset is a value, not a mode. Whatever it says can be changed with `dataclasses.replace` or a flag.
 """
@@ -94,6 +94,6 @@ def build_mini_language_run(tokenizers: Path, documents: tuple[Path, ...], folde
             role_weights=RoleWeights(text_context=0.05, text_target=1.0, vision=1.0, structure=0.05),
         ),
         batches=DocumentBatchesConfig(
-            tokens_per_batch=4096, mixture={"draw": 1.0, "describe": 0.2, "film": 1.0, "describe_video": 0.1}, null_prompt_share=0.1
+            tokens_per_batch=4096, mixture={"draw": 1.0, "describe": 0.25, "film": 0.4, "describe_video": 0.05}, null_prompt_share=0.03
         ),
     )

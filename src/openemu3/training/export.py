@@ -19,7 +19,7 @@ import torch
 
 from openemu3.model.layouts import ModelConfig
 from openemu3.model.transformer import TransformerConfig
-from openemu3.model.weights import load_into, read_config, save_config, save_state
+from openemu3.model.weights import load_into, load_state, read_config, save_config, save_state
 from openemu3.records import InputError
 from openemu3.tokenization.sequence import SequenceFormat, Vocabulary
 from openemu3.tokenization.text import TextTokenizer
@@ -87,11 +87,16 @@ def load_tokenizers(folder: Path, device: str = "cpu") -> tuple[VisionTokenizer,
 
 
 def compute_fingerprint(tokenizers: Path) -> str:
-    """Which tokenizers made a document's ids: a digest of both tokenizers' files."""
+    """Which tokenizers made a document's ids: a digest of the text ranks and of what turns pixels into codes.
+
+    The vision decoder is left out: it may be trained on with the codes frozen, and documents stay valid.
+    """
     digest = hashlib.sha256()
-    for name in (TEXT_RANKS, VISION_WEIGHTS):
-        try:
-            digest.update((tokenizers / name).read_bytes())
-        except OSError as error:
-            raise InputError(f"{tokenizers / name} cannot be read ({error.strerror}); it must hold both tokenizers") from error
+    try:
+        digest.update((tokenizers / TEXT_RANKS).read_bytes())
+    except OSError as error:
+        raise InputError(f"{tokenizers / TEXT_RANKS} cannot be read ({error.strerror}); it must hold both tokenizers") from error
+    for name, tensor in sorted(load_state(tokenizers, "vision_tokenizer")):
+        if name.startswith(("encoder.", "quant_conv.", "quantize.")):
+            digest.update(name.encode() + tensor.float().numpy().tobytes())
     return digest.hexdigest()[:32]

@@ -20,7 +20,8 @@ from openemu3.media import read_image, read_video
 from openemu3.model.transformer import Transformer, TransformerConfig, build_transformer
 from openemu3.records import InputError, Sample
 from openemu3.tokenization.vision import VisionTokenizer, VisionTokenizerConfig
-from openemu3.training.export import compute_fingerprint, read_vocabulary
+from openemu3.training.checkpoint import take_prefix
+from openemu3.training.export import compute_fingerprint, load_newest, read_vocabulary
 from openemu3.training.language_learner import LanguageLearner, LanguageLearnerConfig
 from openemu3.training.trainer import Trainer, TrainerConfig
 from openemu3.training.vision_learner import VisionLearner, VisionLearnerConfig
@@ -37,13 +38,17 @@ class VisionTokenizerRun:
     tokenizer: VisionTokenizerConfig = field(default_factory=VisionTokenizerConfig)
     learner: VisionLearnerConfig = field(default_factory=VisionLearnerConfig)
     batches: PixelBatchesConfig = field(default_factory=PixelBatchesConfig)
+    init_from: Path | None = None  # another run, whose averaged weights this one starts with; None: from nothing
     seed: int = 0
     device: str = "cpu"
 
     def build_learner(self) -> VisionLearner:
         held_out = [s for path in self.samples for s in read_samples(path, splits={self.validation_split})]
         tokenizer = VisionTokenizer(self.tokenizer)
-        init_vision_tokenizer(tokenizer, self.seed)
+        if self.init_from is None:
+            init_vision_tokenizer(tokenizer, self.seed)
+        else:
+            tokenizer.load_state_dict(take_prefix("average", load_newest(self.init_from)))
         return VisionLearner(tokenizer.to(self.device), self.learner, lambda: read_pixel_batches(held_out, self.max_validation))
 
     def run(self) -> VisionLearner:

@@ -66,6 +66,9 @@ class VisionLearnerConfig:
     ema_decay: float = 0.999  # [S] 0.9999 over 1.3 million steps
     discriminator_channels: int = 64
     autocast_bf16: bool = False
+    # Train the decoder alone: encoder and codebook stay as they are, so that documents already tokenised stay valid while the
+    # pictures that come out of them get better.
+    freeze_codes: bool = False
 
 
 class VisionLearner:
@@ -78,6 +81,9 @@ class VisionLearner:
 
     def __init__(self, tokenizer: VisionTokenizer, config: VisionLearnerConfig, validation: Callable[[], Iterator[PixelBatch]]) -> None:
         self.tokenizer, self.config, self.validation = tokenizer, config, validation
+        if config.freeze_codes:
+            for module in (tokenizer.encoder, tokenizer.quant_conv, tokenizer.quantize):
+                module.requires_grad_(False)
         self.device = next(tokenizer.parameters()).device
         self.average = copy.deepcopy(tokenizer).requires_grad_(False)
         self.discriminator = PatchDiscriminator(config.discriminator_channels).to(self.device)
@@ -118,8 +124,10 @@ class VisionLearner:
 
     def _compute_generator_loss(self, kind: str, pixels: Tensor, step: int, adversarial: bool) -> tuple[Tensor, Metrics, Tensor]:
         config = self.config
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=config.autocast_bf16):
+        # Frozen codes are encoded in fp32, as they are when documents are written: bf16 would give other ones.
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=config.autocast_bf16 and not config.freeze_codes):
             latents = self.tokenizer.encode_latents(pixels).float()
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=config.autocast_bf16):
             if step < config.continuous_steps:
                 quantized, passed = latents.detach(), latents
             else:
