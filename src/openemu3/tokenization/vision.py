@@ -13,7 +13,7 @@ Shapes: B batch, T pixel frames, t latent frames, H W pixels, h w latent cells, 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -235,13 +235,11 @@ class Encoder(nn.Module):
         self.down = nn.ModuleList()
         for level, width in enumerate(widths):
             previous = config.channels if level == 0 else widths[level - 1]
-            stage = nn.Module()
-            stage.block = nn.ModuleList(ResBlock(previous if i == 0 else width, width, groups) for i in range(config.num_res_blocks))
+            blocks = [ResBlock(previous if i == 0 else width, width, groups) for i in range(config.num_res_blocks)]
             attends = level in config.attention_levels
-            stage.attn = nn.ModuleList(AttentionBlock(width, groups) for _ in range(config.num_res_blocks if attends else 0))
-            stage.downsample = Downsample(width) if level < len(widths) - 1 else nn.Identity()
-            self.down.append(stage)
-        self.mid = build_middle(widths[-1], groups)
+            attentions = [AttentionBlock(width, groups) for _ in range(config.num_res_blocks if attends else 0)]
+            self.down.append(EncoderStage(blocks, attentions, Downsample(width) if level < len(widths) - 1 else nn.Identity()))
+        self.mid = Middle(widths[-1], groups)
         self.norm_out = nn.GroupNorm(groups, widths[-1], eps=1e-6)
         self.conv_out = nn.Conv2d(widths[-1], config.z_channels, 3, padding=1)
         self.time_conv = nn.ModuleList(TemporalDownsample(config.z_channels) for _ in range(config.num_temporal_levels))
@@ -263,11 +261,8 @@ class Encoder(nn.Module):
         """The 2-D trunk: latents [N, Z, h, w] of frames [N, 3, H, W], each frame by itself."""
         x = self.conv_in(frames)
         for stage in self.down:
-            for block, attention in itertools.zip_longest(stage.block, stage.attn):
-                x = block(x)
-                x = attention(x) if attention is not None else x
-            x = stage.downsample(x)
-        x = self.mid.block_2(self.mid.attn_1(self.mid.block_1(x)))
+            x = stage(x)
+        x = self.mid(x)
         return self.conv_out(F.silu(self.norm_out(x)))
 
 
@@ -279,17 +274,15 @@ class Decoder(nn.Module):
         self.time_res_stack = nn.ModuleList(TemporalResBlock(z) for _ in range(config.num_temporal_res_blocks))
         self.time_conv = nn.ModuleList(TemporalUpsample(z) for _ in range(config.num_temporal_levels))
         self.conv_in = nn.Conv2d(z, widths[-1], 3, padding=1)
-        self.mid = build_middle(widths[-1], groups, config.embed_dim)
+        self.mid = Middle(widths[-1], groups, config.embed_dim)
         self.up = nn.ModuleList()
         num_blocks = config.num_res_blocks + 1
         for level, width in enumerate(widths):
             previous = widths[min(level + 1, len(widths) - 1)]  # levels run from the last to the first
-            stage = nn.Module()
-            stage.block = nn.ModuleList(ResBlock(previous if i == 0 else width, width, groups, config.embed_dim) for i in range(num_blocks))
+            blocks = [ResBlock(previous if i == 0 else width, width, groups, config.embed_dim) for i in range(num_blocks)]
             attends = level in config.attention_levels
-            stage.attn = nn.ModuleList(AttentionBlock(width, groups, config.embed_dim) for _ in range(num_blocks if attends else 0))
-            stage.upsample = Upsample(width) if level > 0 else nn.Identity()
-            self.up.append(stage)
+            attentions = [AttentionBlock(width, groups, config.embed_dim) for _ in range(num_blocks if attends else 0)]
+            self.up.append(DecoderStage(blocks, attentions, Upsample(width) if level > 0 else nn.Identity()))
         self.norm_out = SpatialNorm(widths[0], groups, config.embed_dim)
         self.conv_out = nn.Conv2d(widths[0], 3, 3, padding=1)
 
@@ -311,24 +304,55 @@ class Decoder(nn.Module):
 
     def decode_frames(self, latents: Tensor, condition: Tensor) -> Tensor:
         """The 2-D trunk: frames [N, 3, H, W] of latents [N, Z, h, w] and the norms' conditioning map of the same shape."""
-        x = self.conv_in(latents)
-        x = self.mid.block_1(x, condition)
-        x = self.mid.attn_1(x, condition)
-        x = self.mid.block_2(x, condition)
+        x = self.mid(self.conv_in(latents), condition)
         for stage in reversed(self.up):
-            for block, attention in itertools.zip_longest(stage.block, stage.attn):
-                x = block(x, condition)
-                x = attention(x, condition) if attention is not None else x
-            x = stage.upsample(x)
+            x = stage(x, condition)
         return self.conv_out(F.silu(self.norm_out(x, condition)))
 
 
-def build_middle(channels: int, groups: int, condition_channels: int | None = None) -> nn.Module:
-    middle = nn.Module()
-    middle.block_1 = ResBlock(channels, channels, groups, condition_channels)
-    middle.attn_1 = AttentionBlock(channels, groups, condition_channels)
-    middle.block_2 = ResBlock(channels, channels, groups, condition_channels)
-    return middle
+class EncoderStage(nn.Module):
+    """One level of the encoder: residual blocks, attention after each of them where the level has it, and half the size."""
+
+    def __init__(self, blocks: Sequence[nn.Module], attentions: Sequence[nn.Module], downsample: nn.Module) -> None:
+        super().__init__()
+        self.block = nn.ModuleList(blocks)
+        self.attn = nn.ModuleList(attentions)
+        self.downsample = downsample
+
+    def forward(self, x: Tensor) -> Tensor:
+        for block, attention in itertools.zip_longest(self.block, self.attn):
+            x = block(x)
+            x = attention(x) if attention is not None else x
+        return self.downsample(x)
+
+
+class DecoderStage(nn.Module):
+    """One level of the decoder: residual blocks, attention after each of them where the level has it, and double the size."""
+
+    def __init__(self, blocks: Sequence[nn.Module], attentions: Sequence[nn.Module], upsample: nn.Module) -> None:
+        super().__init__()
+        self.block = nn.ModuleList(blocks)
+        self.attn = nn.ModuleList(attentions)
+        self.upsample = upsample
+
+    def forward(self, x: Tensor, condition: Tensor) -> Tensor:
+        for block, attention in itertools.zip_longest(self.block, self.attn):
+            x = block(x, condition)
+            x = attention(x, condition) if attention is not None else x
+        return self.upsample(x)
+
+
+class Middle(nn.Module):
+    """The level of the smallest maps: a residual block, attention, a residual block."""
+
+    def __init__(self, channels: int, groups: int, condition_channels: int | None = None) -> None:
+        super().__init__()
+        self.block_1 = ResBlock(channels, channels, groups, condition_channels)
+        self.attn_1 = AttentionBlock(channels, groups, condition_channels)
+        self.block_2 = ResBlock(channels, channels, groups, condition_channels)
+
+    def forward(self, x: Tensor, condition: Tensor | None = None) -> Tensor:
+        return self.block_2(self.attn_1(self.block_1(x, condition), condition), condition)
 
 
 class ResBlock(nn.Module):
