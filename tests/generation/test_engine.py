@@ -9,7 +9,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import Emu3ForCausalLM, Emu3TextConfig
 
 from openemu3.generation.engine import Engine, Request
 from openemu3.generation.sampling import SamplingSettings
@@ -91,21 +91,25 @@ def test_greedy_equals_the_naive_loop(make_transformer, vocabulary, form, grid, 
     assert completion.stopped
 
 
+def test_greedy_equals_the_naive_loop_over_many_keys(make_transformer, vocabulary, form):
+    test_greedy_equals_the_naive_loop(make_transformer, vocabulary, form, (9, 11), "a longer unconditional prompt", seed=2)
+
+
 @torch.no_grad()
-def as_llama(transformer):
-    """transformers' Llama with the same weights: the same network as Emu3's language model, and its `generate` is the oracle."""
+def as_transformers(transformer):
+    """transformers' Emu3 language model with the same weights; its `generate` is the oracle."""
     config = transformer.config
-    llama = LlamaForCausalLM(
-        LlamaConfig(
+    theirs = Emu3ForCausalLM(
+        Emu3TextConfig(
             vocab_size=config.vocab_size, hidden_size=config.hidden_size, intermediate_size=config.intermediate_size,
             num_hidden_layers=config.num_layers, num_attention_heads=config.num_heads, num_key_value_heads=config.num_kv_heads,
-            head_dim=config.head_dim, rms_norm_eps=config.norm_eps, max_position_embeddings=config.max_positions,
-            rope_parameters={"rope_type": "default", "rope_theta": config.rope_theta}, tie_word_embeddings=False, attention_bias=False,
-            pad_token_id=None, bos_token_id=None, eos_token_id=None,
+            rms_norm_eps=config.norm_eps, max_position_embeddings=config.max_positions,
+            rope_parameters={"rope_type": "default", "rope_theta": config.rope_theta},
+            pad_token_id=0, bos_token_id=0, eos_token_id=None,
         )
     )  # fmt: skip
-    llama.load_state_dict(transformer.state_dict(), strict=True)
-    return llama.eval()
+    theirs.load_state_dict(transformer.state_dict(), strict=True)
+    return theirs.eval()
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -119,7 +123,7 @@ def test_guided_greedy_equals_transformers_generate(make_transformer, vocabulary
     def allowed(_, ids):
         return list(published_legal(vocabulary, grid, len(ids) - start + 1))
 
-    ids = as_llama(transformer).generate(
+    ids = as_transformers(transformer).generate(
         torch.tensor([request.prompt]),
         attention_mask=torch.ones(1, start, dtype=torch.int64),
         negative_prompt_ids=torch.tensor([request.negative_prompt]),
@@ -136,12 +140,12 @@ def test_guided_greedy_equals_transformers_generate(make_transformer, vocabulary
 
 def test_text_equals_transformers_generate_and_stops_at_eos(make_transformer, vocabulary, form):
     transformer = make_transformer(4)
-    llama = as_llama(transformer)
+    theirs = as_transformers(transformer)
     legal = [*range(vocabulary.num_text), vocabulary.eos]
     stopped = []
     for start in range(6):
         prompt = form.image_prompt(f"prompt {start}", (2, 2))
-        ids = llama.generate(
+        ids = theirs.generate(
             torch.tensor([prompt]), attention_mask=torch.ones(1, len(prompt), dtype=torch.int64), max_new_tokens=40, do_sample=False,
             prefix_allowed_tokens_fn=lambda _, ids: legal, eos_token_id=vocabulary.eos, pad_token_id=vocabulary.pad,
         )  # fmt: skip
