@@ -10,11 +10,13 @@ Shapes: B documents, S tokens.
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -94,7 +96,7 @@ class DocumentTable:
         for path in paths:
             with _open(Path(path), fingerprint) as file:
                 for group in range(file.num_row_groups):
-                    for row in file.read_row_group(group).to_pylist():
+                    for row in _read_group(file, group, path):
                         if row["split"] not in wanted:
                             continue
                         self.sources.append(row["source"])
@@ -129,6 +131,13 @@ def _open(path: Path, fingerprint: str | None) -> pq.ParquetFile:
     return file
 
 
+def _read_group(file: pq.ParquetFile, group: int, path: Path | str) -> list[dict[str, Any]]:
+    try:
+        return file.read_row_group(group).to_pylist()
+    except (OSError, pa.ArrowException) as error:
+        raise InputError(f"{path} is damaged in row group {group} ({error})") from error
+
+
 @dataclass(frozen=True)
 class LanguageBatch:
     """token_ids int64 [B, S] and roles uint8 [B, S]; Role.PADDING on the right of shorter documents."""
@@ -147,6 +156,11 @@ class DocumentBatchesConfig:
     def __post_init__(self) -> None:
         if not 0 <= self.null_prompt_share <= 1:
             raise InputError(f"null_prompt_share is {self.null_prompt_share}; it must be between 0 and 1")
+        if self.tokens_per_batch < 1:
+            raise InputError(f"tokens_per_batch is {self.tokens_per_batch}; it must be at least 1")
+        for source, rate in self.mixture.items():
+            if not 0 <= rate < math.inf:
+                raise InputError(f"mixture has {rate} for {source!r}; it must be 0 (leave out) or more")
 
 
 class DocumentBatches:
@@ -158,6 +172,8 @@ class DocumentBatches:
         unknown = set(config.mixture) - set(table.sources)
         if unknown:
             raise InputError(f"mixture names {sorted(unknown)}; the documents have {sorted(set(table.sources))}")
+        if not any(config.mixture.get(source, 1.0) for source in set(table.sources)):
+            raise InputError(f"mixture {config.mixture} leaves out every document; give one source more than 0")
         self._plan_epoch = lru_cache(maxsize=2)(self._plan_epoch_uncached)
 
     def __call__(self, position: int) -> Iterator[LanguageBatch]:

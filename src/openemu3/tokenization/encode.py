@@ -28,11 +28,14 @@ class EncodeConfig:
     languages: tuple[str, ...] = ("en", "zh")
     batch_size: int = 16  # stills tokenised together
     clip_frames: int = 16  # frames of one video document; a longer video gives several
-    clip_stride: int = 8  # frames between the starts of two of them
+    clip_stride: int = 8  # frames between the starts of two of them; what is left after the last whole one is in no document
 
     def __post_init__(self) -> None:
-        if self.clip_frames < 1 or self.clip_stride < 1:
-            raise InputError(f"clip_frames is {self.clip_frames} and clip_stride {self.clip_stride}; both must be at least 1")
+        for name in ("batch_size", "clip_frames", "clip_stride"):
+            if getattr(self, name) < 1:
+                raise InputError(f"{name} is {getattr(self, name)}; it must be at least 1")
+        if not self.languages:
+            raise InputError("languages is empty; name at least one, such as 'en'")
 
 
 @dataclass(frozen=True)
@@ -77,13 +80,25 @@ def _encode_images(
 def _encode_video(
     sample: Sample, tokenizer: VisionTokenizer, form: SequenceFormat, config: EncodeConfig, device: torch.device
 ) -> Iterator[EncodedDocument]:
-    frames, fps = read_video(sample.media)  # [3, T, H, W]
+    frames, fps = read_clip(sample)  # [3, T, H, W]
     last_start = max(0, frames.shape[1] - config.clip_frames)
     for start in range(0, last_start + 1, config.clip_stride):
         clip = frames[:, start : start + config.clip_frames]
         codes = tokenizer.encode_video(clip.unsqueeze(0).to(device))[0].cpu().numpy()
         video = Video(codes.astype(np.int32), fps, clip.shape[1])
         yield from _write_both_orders(sample, video, ("film", "describe_video"), form, config)
+
+
+def read_clip(sample: Sample) -> tuple[Tensor, float]:
+    """All frames of a video sample, [3, T, H, W] in [-1, 1], and their rate: that of the attribute "fps" if it has one.
+
+    A file may store equal neighbours as one long frame; at the rate that curation gave the clip they come apart again.
+    """
+    rate = sample.attributes.get("fps")
+    try:
+        return read_video(sample.media, fps=None if rate is None else float(rate))
+    except ValueError as error:
+        raise InputError(f"video sample {sample.id!r} of rate {rate} cannot be read: {error}") from error
 
 
 def _write_both_orders(

@@ -23,21 +23,38 @@ State = dict[str, Any]
 
 
 def save_checkpoint(folder: Path, step: int, tensors: dict[str, Tensor], state: State, keep: int = 2) -> Path:
-    """Write a checkpoint below `folder`, remove all but the newest `keep`, and return its path."""
+    """Write a checkpoint below `folder`, remove all but the newest `keep` (at least 1), and return its path.
+
+    What a killed save left behind (`.step-...`) is removed. A step is saved once: FileExistsError if its checkpoint is there.
+    """
     final, partial = folder / f"step-{step:08d}", folder / f".step-{step:08d}.partial"
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    save_file({name: tensor.detach().contiguous().clone() for name, tensor in tensors.items()}, partial / "tensors.safetensors")
-    (partial / "state.json").write_text(json.dumps(state), encoding="utf-8")
-    for path in partial.iterdir():
-        with open(path, "rb") as file:
-            os.fsync(file.fileno())
     if final.exists():
-        shutil.rmtree(final)
-    partial.rename(final)
+        raise FileExistsError(f"checkpoint {final} exists already; a step is saved once")
+    for leftover in folder.glob(".step-*"):
+        shutil.rmtree(leftover)
+    try:
+        partial.mkdir(parents=True)
+        save_file({name: tensor.detach().contiguous().clone() for name, tensor in tensors.items()}, partial / "tensors.safetensors")
+        (partial / "state.json").write_text(json.dumps(state), encoding="utf-8")
+        for path in (*partial.iterdir(), partial):
+            sync(path)
+        partial.rename(final)
+        sync(folder)
+    except (OSError, SafetensorError) as error:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise InputError(f"checkpoint {final} cannot be written ({error})") from error
     for old in list_checkpoints(folder)[:-keep]:
-        shutil.rmtree(old)
+        shutil.rmtree(old.rename(folder / f".{old.name}.removed"))  # renamed first, so that it is never seen half deleted
     return final
+
+
+def sync(path: Path) -> None:
+    """Wait until a file, or the names in a folder, are on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def list_checkpoints(folder: Path) -> list[Path]:
@@ -49,7 +66,7 @@ def load_checkpoint(path: Path) -> tuple[dict[str, Tensor], State]:
     """(tensors, state) of one checkpoint. Raises InputError where it is damaged."""
     try:
         return load_file(path / "tensors.safetensors"), json.loads((path / "state.json").read_text(encoding="utf-8"))
-    except (OSError, SafetensorError, json.JSONDecodeError) as error:
+    except (OSError, SafetensorError, ValueError) as error:
         raise InputError(f"checkpoint {path} cannot be read ({error}); remove it to resume from the one before") from error
 
 
@@ -59,13 +76,12 @@ def list_optimizer_tensors(optimizer: torch.optim.Optimizer, names: dict[Tensor,
 
 
 def load_optimizer_tensors(optimizer: torch.optim.Optimizer, names: dict[Tensor, str], tensors: dict[str, Tensor]) -> None:
-    """Put back what `list_optimizer_tensors` gave."""
+    """Put back what `list_optimizer_tensors` gave. All of it lives with its parameter: the fused AdamW wants its step counter there too."""
     parameters = {name: parameter for parameter, name in names.items()}
     for full_name, value in tensors.items():
         name, key = full_name.rsplit(".", 1)
         parameter = parameters[name]
-        # Adam's step counter stays on the CPU; the moments live with their parameter.
-        optimizer.state[parameter][key] = value if key == "step" else value.to(parameter.device)
+        optimizer.state[parameter][key] = value.to(parameter.device)
 
 
 def name_parameters(module: nn.Module) -> dict[Tensor, str]:

@@ -1,8 +1,9 @@
 """From checkpoints to folders that can be used: tokenizers first, then the whole model.
 
 In: run folders of the vision tokenizer and of the language model, a text ranks file. Out: a model folder (config.json, safetensors,
-text.tiktoken), written aside and renamed, or not at all. What surprises: weights are stored in bf16, and the vision tokenizer is
-rounded to it *before* the documents are tokenised, so that the codes a user gets are those the language model was trained on.
+text.tiktoken), each file written aside and renamed, config.json last. What surprises: weights are stored in bf16, and the vision
+tokenizer is rounded to it *before* the documents are tokenised, so that the codes a user gets are those the language model was
+trained on.
 """
 
 from __future__ import annotations
@@ -13,52 +14,106 @@ import shutil
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
+from torch import nn
 
-from openemu3.model.layouts import ModelConfig
-from openemu3.model.transformer import TransformerConfig
-from openemu3.model.weights import load_into, load_state, read_config, save_config, save_state
+from openemu3.model.layouts import ModelConfig, format_config
+from openemu3.model.transformer import Transformer, TransformerConfig
+from openemu3.model.weights import load_into, load_state, read_config, save_state
 from openemu3.records import InputError
 from openemu3.tokenization.sequence import SequenceFormat, Vocabulary
 from openemu3.tokenization.text import TextTokenizer
 from openemu3.tokenization.vision import VisionTokenizer, VisionTokenizerConfig
 from openemu3.training.checkpoint import list_checkpoints, load_checkpoint, take_prefix
+from openemu3.training.trainer import DESCRIPTION_FILE
 
 TEXT_RANKS = "text.tiktoken"
 VISION_WEIGHTS = "vision_tokenizer.safetensors"
 
 
-def export_tokenizers(run: Path, config: VisionTokenizerConfig, text_ranks: Path, folder: Path) -> None:
-    """Write a folder with the averaged vision tokenizer of the newest checkpoint, in bf16, and the text ranks."""
-    state = take_prefix("average", load_newest(run))
+def export_tokenizers(run: Path, config: VisionTokenizerConfig | None, text_ranks: Path, folder: Path) -> None:
+    """Write a folder with the averaged vision tokenizer of the newest checkpoint, in bf16, and the text ranks.
+
+    config: None takes it from the run's own `run.json`. Raises InputError where the run holds something else.
+    """
+    if config is None:
+        config = VisionTokenizerConfig(**read_description(run, "vision_tokenizer")["tokenizer"])
     num_text = TextTokenizer.from_file(text_ranks).num_tokens
+    with torch.device("meta"):
+        module = VisionTokenizer(config)
+    state = check_state(run, take_prefix("average", load_newest(run)), module)
     save_state(folder, state, "vision_tokenizer", torch.bfloat16)
-    shutil.copyfile(text_ranks, folder / TEXT_RANKS)
-    save_config(folder, ModelConfig(vision_tokenizer=asdict(config), num_text=num_text, num_codes=config.codebook_size))
+    copy_file(text_ranks, folder / TEXT_RANKS)
+    write_config(folder, ModelConfig(vision_tokenizer=asdict(config), num_text=num_text, num_codes=config.codebook_size))
 
 
 def export_model(
-    run: Path, config: TransformerConfig, tokenizers: Path, folder: Path, image_area: int, generation: Mapping[str, Any] | None = None
+    run: Path,
+    config: TransformerConfig | None,
+    tokenizers: Path,
+    folder: Path,
+    image_area: int,
+    generation: Mapping[str, Any] | None = None,
 ) -> None:
     """Write a whole model folder: the newest checkpoint's transformer in bf16, with the tokenizers it was trained on.
 
-    generation: how the model wants to be asked (generation.tasks.TaskDefaults), kept under that key of config.json.
+    config: None takes it from the run's own `run.json`. generation: how the model wants to be asked (the fields of
+    generation.tasks.TaskDefaults), kept under that key of config.json. Raises InputError where the parts do not fit together.
     """
-    vision = read_config(tokenizers)
+    if config is None:
+        config = TransformerConfig(**read_description(run, "language")["transformer"])
+    vision, vocabulary = read_config(tokenizers), read_vocabulary(tokenizers)
+    if vocabulary.size != config.vocab_size:
+        raise InputError(f"{run} has a vocabulary of {config.vocab_size}; the tokenizers in {tokenizers} have {vocabulary.size}")
+    state = check_state(run, take_prefix("transformer", load_newest(run)), Transformer(config))
     folder.mkdir(parents=True, exist_ok=True)
-    for name in (TEXT_RANKS, VISION_WEIGHTS):
-        if tokenizers.resolve() != folder.resolve():
-            shutil.copyfile(tokenizers / name, folder / name)
-    save_state(folder, take_prefix("transformer", load_newest(run)), "model", torch.bfloat16)
-    save_config(folder, ModelConfig(config, vision.vision_tokenizer, vision.num_text, vision.num_codes, image_area))
-    if generation is not None:
-        path = folder / "config.json"
-        raw = json.loads(path.read_text(encoding="utf-8")) | {"generation": dict(generation)}
-        partial = path.with_suffix(".partial")
-        partial.write_text(json.dumps(raw, indent=2) + "\n", encoding="utf-8")
-        partial.replace(path)
+    if tokenizers.resolve() != folder.resolve():
+        for name in (TEXT_RANKS, VISION_WEIGHTS):
+            copy_file(tokenizers / name, folder / name)
+    save_state(folder, state, "model", torch.bfloat16)
+    write_config(folder, ModelConfig(config, vision.vision_tokenizer, vision.num_text, vision.num_codes, image_area), generation)
+
+
+def check_state(run: Path, state: dict[str, torch.Tensor], module: nn.Module) -> dict[str, torch.Tensor]:
+    """The state, if it is the module's (which may lie on the meta device). Raises InputError otherwise."""
+    expected = {name: tensor.shape for name, tensor in module.state_dict().items()}
+    differing = sorted(name for name in expected.keys() | state.keys() if name not in state or expected.get(name) != state[name].shape)
+    if differing:
+        what = type(module).__name__
+        raise InputError(f"{run} holds no {what} of this configuration: {len(differing)} tensors differ, first {differing[0]}")
+    return state
+
+
+def write_config(folder: Path, config: ModelConfig, generation: Mapping[str, Any] | None = None) -> None:
+    """config.json, written last: a folder without it is no model yet."""
+    raw = format_config(config) | ({} if generation is None else {"generation": dict(generation)})
+    partial = folder / ".config.json.partial"
+    partial.write_text(json.dumps(raw, indent=2) + "\n", encoding="utf-8")
+    partial.replace(folder / "config.json")
+
+
+def copy_file(source: Path, target: Path) -> None:
+    partial = target.with_name(f".{target.name}.partial")
+    try:
+        shutil.copyfile(source, partial)
+        partial.replace(target)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def read_description(run: Path, kind: Literal["vision_tokenizer", "language"]) -> dict[str, Any]:
+    """What `run.json` says of a run of this kind. Raises InputError for another one."""
+    path = run / DESCRIPTION_FILE
+    try:
+        raw = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path} cannot be read ({error}); it must be the folder of a training run") from error
+    found = raw.get("kind") if isinstance(raw, dict) else None
+    if found != kind:
+        raise InputError(f"{run} is a run of kind {found!r}; one of kind {kind!r} is needed")
+    return raw
 
 
 def load_newest(run: Path) -> dict[str, torch.Tensor]:

@@ -88,6 +88,9 @@ class LanguageLearner:
             total_loss += loss.item()
             total_weight += weight
             num_tokens += int((batch.roles != Role.PADDING).sum())
+        if not total_weight:  # nothing in these documents counts: no update, not even weight decay
+            self.optimizer.zero_grad(set_to_none=True)
+            return {"loss": 0.0, **by_role.to_means(), "grad_norm": 0.0, "tokens": float(num_tokens)}
         # Gradients are of sums; one division by the weight of all micro-batches makes any split give the same update.
         for parameter in self.transformer.parameters():
             if parameter.grad is not None:
@@ -123,7 +126,7 @@ class LanguageLearner:
             batch_loss, batch_weight = self._compute_loss(batch, by_role)
             loss, weight = loss + float(batch_loss), weight + batch_weight
         self.transformer.train()
-        return {"loss": loss / weight, **by_role.to_means()}
+        return {"loss": loss / weight if weight else 0.0, **by_role.to_means()}
 
     def write_samples(self, folder: Path, step: int) -> None:
         if self.sample is not None:

@@ -6,10 +6,13 @@ Stages differ in data and weights, never in code: they all go through the one Tr
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
+from typing import Any, Literal
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -24,7 +27,7 @@ from openemu3.training.checkpoint import take_prefix
 from openemu3.training.export import compute_fingerprint, load_newest, read_vocabulary
 from openemu3.training.language_learner import LanguageLearner, LanguageLearnerConfig
 from openemu3.training.trainer import Trainer, TrainerConfig
-from openemu3.training.vision_learner import VisionLearner, VisionLearnerConfig
+from openemu3.training.vision_learner import VisionLearner, VisionLearnerConfig, extend_codebook
 
 
 @dataclass(frozen=True)
@@ -38,24 +41,44 @@ class VisionTokenizerRun:
     tokenizer: VisionTokenizerConfig = field(default_factory=VisionTokenizerConfig)
     learner: VisionLearnerConfig = field(default_factory=VisionLearnerConfig)
     batches: PixelBatchesConfig = field(default_factory=PixelBatchesConfig)
-    init_from: Path | None = None  # another run, whose averaged weights this one starts with; None: from nothing
+    # Another run, whose averaged weights this one starts with, its codebook extended if this one's is larger; None: from nothing.
+    init_from: Path | None = None
     seed: int = 0
     device: str = "cpu"
 
     def build_learner(self) -> VisionLearner:
         held_out = [s for path in self.samples for s in read_samples(path, splits={self.validation_split})]
+        if not held_out:
+            raise InputError(f"no samples of split {self.validation_split!r} to validate on in {[str(p) for p in self.samples]}")
         tokenizer = VisionTokenizer(self.tokenizer)
         if self.init_from is None:
             init_vision_tokenizer(tokenizer, self.seed)
         else:
-            tokenizer.load_state_dict(take_prefix("average", load_newest(self.init_from)))
+            tokenizer = extend_codebook(load_average(self.init_from, self.tokenizer), self.tokenizer.codebook_size, self.seed)
         return VisionLearner(tokenizer.to(self.device), self.learner, lambda: read_pixel_batches(held_out, self.max_validation))
 
-    def run(self) -> VisionLearner:
+    def run(self) -> Trainer:
+        """Train; a run that was stopped says so by `is_complete`, and goes on when it is called again."""
         samples = [s for path in self.samples for s in read_samples(path, splits={"train"})]
-        learner = self.build_learner()
-        Trainer(self.trainer, learner, PixelBatches(samples, self.batches)).run()
-        return learner
+        trainer = Trainer(self.trainer, self.build_learner(), PixelBatches(samples, self.batches), describe_run("vision_tokenizer", self))
+        trainer.run()
+        return trainer
+
+
+def describe_run(kind: Literal["vision_tokenizer", "language"], run: VisionTokenizerRun | LanguageRun) -> dict[str, Any]:
+    """A run as plain values, for `run.json`: {"kind": ..., and its fields}. `export` builds the trained network from it."""
+    return {"kind": kind, **json.loads(json.dumps(asdict(run), default=str))}
+
+
+def load_average(run: Path, config: VisionTokenizerConfig) -> VisionTokenizer:
+    """The averaged vision tokenizer of a run, which may have fewer codes than `config`."""
+    state = take_prefix("average", load_newest(run))
+    try:
+        tokenizer = VisionTokenizer(replace(config, codebook_size=len(state["quantize.embedding.weight"])))
+        tokenizer.load_state_dict(state)
+    except (KeyError, RuntimeError) as error:
+        raise InputError(f"{run} holds no vision tokenizer of this configuration, but for the number of codes") from error
+    return tokenizer
 
 
 @torch.no_grad()
@@ -70,8 +93,8 @@ def init_vision_tokenizer(tokenizer: VisionTokenizer, seed: int) -> None:
     for name, module in tokenizer.named_modules():
         if not isinstance(module, nn.Conv2d | nn.Conv3d):
             continue
-        if module.bias is not None:
-            nn.init.zeros_(module.bias)
+        assert module.bias is not None  # every convolution of the tokenizer has one
+        nn.init.zeros_(module.bias)
         if isinstance(module, nn.Conv2d):
             nn.init.kaiming_uniform_(module.weight, a=5**0.5, generator=generator)
             if name.endswith("conv_y"):
@@ -87,6 +110,8 @@ def init_vision_tokenizer(tokenizer: VisionTokenizer, seed: int) -> None:
         module.weight[channels, channels, -stride:, height, width] = 1 / stride  # the mean of the frames this output stands for
         if ".time_conv." in name:
             nn.init.ones_(module.bias)
+    num_codes = tokenizer.config.codebook_size
+    nn.init.uniform_(tokenizer.quantize.embedding.weight, -1 / num_codes, 1 / num_codes, generator=generator)  # as published
 
 
 def read_pixel_batches(samples: list[Sample], max_stills: int, batch_size: int = 16) -> Iterator[PixelBatch]:
@@ -96,8 +121,6 @@ def read_pixel_batches(samples: list[Sample], max_stills: int, batch_size: int =
         yield PixelBatch("image", torch.stack([read_image(s.media) for s in stills[first : first + batch_size]]))
     for clip in [s for s in samples if s.kind == "video"][: max_stills // 8]:
         yield PixelBatch("video", read_video(clip.media)[0].unsqueeze(0))
-    if not samples:
-        raise InputError("no held-out samples to validate on")
 
 
 @dataclass(frozen=True)
@@ -115,18 +138,23 @@ class LanguageRun:
     seed: int = 0
     device: str = "cpu"
 
-    def run(self, sample: Callable[[Transformer, Path, int], None] | None = None) -> LanguageLearner:
-        """sample: as in LanguageLearner."""
+    def run(self, sample: Callable[[Transformer, Path, int], None] | None = None) -> Trainer:
+        """Train; a run that was stopped says so by `is_complete`, and goes on when it is called again. sample: as in LanguageLearner."""
         vocabulary = read_vocabulary(self.tokenizers)
         if self.transformer.vocab_size != vocabulary.size:
             raise InputError(f"vocab_size is {self.transformer.vocab_size}; the tokenizers in {self.tokenizers} need {vocabulary.size}")
         fingerprint = compute_fingerprint(self.tokenizers)
         table = DocumentTable(self.documents, {"train"}, fingerprint)
         held_out = DocumentTable(self.documents, {self.validation_split}, fingerprint)
+        weights = self.learner.role_weights.to_table().numpy()
+        if not weights[np.unique(table.roles)].any():
+            raise InputError(f"role weights {self.learner.role_weights} count no token of the documents; there is nothing to learn")
         transformer = build_transformer(self.transformer, torch.Generator(self.device).manual_seed(self.seed))
         learner = LanguageLearner(transformer, self.learner, lambda: read_in_order(held_out, self.max_validation, vocabulary.pad), sample)
-        Trainer(self.trainer, learner, DocumentBatches(table, self.batches, vocabulary.pad)).run()
-        return learner
+        batches = DocumentBatches(table, self.batches, vocabulary.pad)
+        trainer = Trainer(self.trainer, learner, batches, describe_run("language", self))
+        trainer.run()
+        return trainer
 
 
 def read_in_order(table: DocumentTable, max_documents: int, pad_id: int, batch_size: int = 16) -> Iterator[LanguageBatch]:

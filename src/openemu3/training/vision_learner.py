@@ -9,6 +9,7 @@ statistics (mean 0, variance 1) while training, so that what is trained is exact
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -65,6 +66,7 @@ class VisionLearnerConfig:
     restart_until: int = 1_000_000
     ema_decay: float = 0.999  # [S] 0.9999 over 1.3 million steps
     discriminator_channels: int = 64
+    seed: int = 0  # of the discriminator's first weights
     autocast_bf16: bool = False
     # Train the decoder alone: encoder and codebook stay as they are, so that documents already tokenised stay valid while the
     # pictures that come out of them get better.
@@ -86,7 +88,9 @@ class VisionLearner:
                 module.requires_grad_(False)
         self.device = next(tokenizer.parameters()).device
         self.average = copy.deepcopy(tokenizer).requires_grad_(False)
-        self.discriminator = PatchDiscriminator(config.discriminator_channels).to(self.device)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(config.seed)
+            self.discriminator = PatchDiscriminator(config.discriminator_channels).to(self.device)
         self.lpips = LPIPS(config.lpips_net).to(self.device)
         self.optimizer = build_optimizer(config.optimizer, tokenizer)
         self.discriminator_optimizer = build_optimizer(config.discriminator_optimizer, self.discriminator)
@@ -99,10 +103,13 @@ class VisionLearner:
 
     def learn(self, step: int, batches: Sequence[PixelBatch]) -> Metrics:
         config = self.config
-        if step == config.continuous_steps and step > 0:
+        if step == config.continuous_steps and step > 0 and not config.freeze_codes:
             self._fill_codebook(batches)
         adversarial = step >= config.adversarial_start
         metrics: Metrics = {}
+        # Each kind's losses stay in the row until the next batch of it, so that a log of every tenth step shows both. What is not
+        # finite shows in its own step alone: the steps after it are not to blame.
+        shown = dict(self.last_losses)
         pairs: list[tuple[Tensor, Tensor]] = []
         for batch in batches:
             pixels = batch.pixels.to(self.device)
@@ -110,15 +117,18 @@ class VisionLearner:
             (loss / len(batches)).backward()
             if adversarial:
                 pairs.append((fold_frames(pixels), reconstruction.detach()))
-            self.last_losses[batch.kind] = losses
+            shown[batch.kind] = losses
+            if all(math.isfinite(value) for value in losses.values()):
+                self.last_losses[batch.kind] = losses
         self.discriminator.zero_grad(set_to_none=True)
         norm = apply_update(self.optimizer, config.optimizer, step)
         if pairs:
             metrics["discriminator"] = self._learn_discriminator(step, pairs)
-        self._update_average()
-        if config.restart_every and (step + 1) % config.restart_every == 0 and config.continuous_steps < step < config.restart_until:
-            metrics["restarted_codes"] = self._restart_dead_codes(batches)
-        for kind, losses in self.last_losses.items():
+        if torch.isfinite(norm):  # a skipped step changes no weights
+            self._update_average()
+            if self._is_restart_due(step):
+                metrics["restarted_codes"] = self._restart_dead_codes(batches)
+        for kind, losses in shown.items():
             metrics |= {f"{kind}/{name}": value for name, value in losses.items()}
         return metrics | {"grad_norm": float(norm)}
 
@@ -164,6 +174,12 @@ class VisionLearner:
 
     # ---- the codebook
 
+    def _is_restart_due(self, step: int) -> bool:
+        config = self.config
+        if config.freeze_codes or not config.restart_every or (step + 1) % config.restart_every:
+            return False
+        return config.continuous_steps < step < config.restart_until
+
     @torch.no_grad()
     def _collect_latents(self, batches: Sequence[PixelBatch], at_least: int) -> Tensor:
         """[N, Z] latents of these batches, jittered copies added until there are `at_least`."""
@@ -192,8 +208,9 @@ class VisionLearner:
             chosen = torch.randperm(len(latents), generator=self._generator(2))[: len(dead)].to(self.device)
             for module in (self.tokenizer, self.average):
                 module.quantize.embedding.weight[dead] = latents[chosen]
-            for key in ("exp_avg", "exp_avg_sq"):
-                self.optimizer.state[self.tokenizer.quantize.embedding.weight][key][dead] = 0
+            state = self.optimizer.state.get(self.tokenizer.quantize.embedding.weight, {})  # none before its first update
+            for key in state.keys() & {"exp_avg", "exp_avg_sq"}:
+                state[key][dead] = 0
         for kind in self.counts:
             self.counts[kind].zero_()
         return len(dead)
