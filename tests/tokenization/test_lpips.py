@@ -81,6 +81,14 @@ def test_zero_for_equal_pictures_symmetric_and_growing(net: str, tmp_path: Path)
     assert (metric(x, half) < metric(x, y)).all()
 
 
+@pytest.mark.parametrize("net", ["vgg", "alex"])
+def test_embeddings_are_as_far_apart_as_their_pictures(net: str, tmp_path: Path) -> None:
+    metric = LPIPS(net, write_random_weights(net, tmp_path / "weights.safetensors"))
+    x, y = make_pair(2, 40, 48)
+    with torch.no_grad():
+        torch.testing.assert_close((metric.embed(x) - metric.embed(y)).square().sum(1), metric(x, y), rtol=1e-4, atol=0)
+
+
 def test_gradient_reaches_pixels_only_and_is_finite_where_activations_are_dead(tmp_path: Path) -> None:
     path = write_random_weights("alex", tmp_path / "weights.safetensors")
     tensors = load_file(path)

@@ -11,15 +11,13 @@ Shapes: B pictures, T frames, H rows, W columns; pixels [B, 3, H, W] in [-1, 1] 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
 import torch
 import torch.nn.functional as F
-from rich.console import Console
-from rich.progress import track
 from rich.table import Table
 from torch import Tensor
 
@@ -29,6 +27,7 @@ from openemu3.records import InputError
 from openemu3.tokenization.lpips import LPIPS
 
 Window = Literal["gaussian", "uniform"]
+Progress = Callable[[int, int, str], None]  # (done, of how many, what is being done)
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".avif")
 VIDEO_SUFFIXES = (".mp4", ".m4v", ".mov", ".webm", ".mkv", ".avi", ".mpg", ".mpeg", ".gif", ".webp")
@@ -322,8 +321,8 @@ class ReconstructionConfig:
     dtype: Literal["float32", "bfloat16"] = "float32"
 
 
-def run_reconstruction(tokenizer: torch.nn.Module, config: ReconstructionConfig, console: Console | None = None) -> dict[str, Any]:
-    """Measure a `VisionTokenizer`; progress goes to `console` if there is one.
+def run_reconstruction(tokenizer: torch.nn.Module, config: ReconstructionConfig, progress: Progress | None = None) -> dict[str, Any]:
+    """Measure a `VisionTokenizer`; `progress` hears how many files are done.
 
     Returns {"kind", "settings", and "scores" for pictures or "sizes": [{"side", ...}] for videos}.
     Raises InputError for missing or damaged media, and for missing LPIPS or Inception weights.
@@ -337,13 +336,13 @@ def run_reconstruction(tokenizer: torch.nn.Module, config: ReconstructionConfig,
     report: dict[str, Any] = {"kind": config.kind, "num_files": len(files), "settings": settings}
     if config.kind == "image":
         scores = ReconstructionScores(lpips, Inception() if config.rfid else None, config.ssim_window)
-        images = (_read_sized(path, config.side) for path in _track(files, "pictures", console))
+        images = (_read_sized(path, config.side) for path in _track(files, "pictures", progress))
         return report | {"scores": score_images(cast, images, scores, config.batch_size, config.device)}
     sizes = []
     for side in config.protocol.sides:
         scores, usage = ReconstructionScores(lpips, None, config.ssim_window), CodeUsage()
         num_enlarged = 0
-        for path in _track(files, f"videos at {side}²", console):
+        for path in _track(files, f"videos at {side}²", progress):
             info = probe_video(path)
             num_enlarged += min(info.height, info.width) < side
             score_video(cast, path, side, config.protocol, scores, usage, config.device)
@@ -435,8 +434,11 @@ def _count_frames(path: Path, protocol: VideoProtocol) -> int:
     return num_frames
 
 
-def _track(items: Sequence[Path], what: str, console: Console | None) -> Iterable[Path]:
-    return items if console is None else track(items, description=what, console=console)
+def _track(items: Sequence[Path], what: str, progress: Progress | None) -> Iterator[Path]:
+    for index, item in enumerate(items):
+        if progress is not None:
+            progress(index, len(items), what)
+        yield item
 
 
 def _format_mean(summary: dict[str, Any], digits: int) -> str:

@@ -82,6 +82,19 @@ class LPIPS(nn.Module):
             distance = distance + compute_layer_distance(features_x, features_y, head)
         return distance  # [B]
 
+    def embed(self, pixels: Tensor) -> Tensor:
+        """One vector per picture, float32 [B, D]; the squared Euclidean distance of two vectors is the LPIPS of their pictures.
+
+        For many comparisons of few pictures: each goes through the network once. D is 31,872 for AlexNet at 64 x 64 pixels.
+        """
+        parts = []
+        for features, head in zip(self.compute_features(pixels), self.heads, strict=True):
+            x = features.float()
+            x = x / (torch.linalg.vector_norm(x, dim=1, keepdim=True) + NORM_EPS)
+            weights = (head.float() / (x.shape[2] * x.shape[3])).sqrt()
+            parts.append((x * weights.view(1, -1, 1, 1)).flatten(1))
+        return torch.cat(parts, dim=1)
+
     def compute_features(self, pixels: Tensor) -> list[Tensor]:
         """The five tapped activations [B, C, h, w] of pixels [B, 3, H, W] in [-1, 1], shallow to deep."""
         pixels = pixels.float()
