@@ -61,12 +61,16 @@ class Reading:
 
 @dataclass(frozen=True)
 class Shot:
-    """A film made from a sentence, and the frames that the model added at its end (None: it was not asked to)."""
+    """A film made from a sentence, and the frames that the model added at its end (None: it was not asked to).
+
+    held_out: the model was trained on no film of this sentence.
+    """
 
     sentence: str
     language: str
     translation: str
     film: Film
+    held_out: bool
     continued: Film | None = None
 
 
@@ -147,7 +151,14 @@ def make_demo(emu3: Emu3, model: str, samples: Sequence[Sample], seed: int, prog
     measure("Films continued", f"{len(given)} by {seconds:g} s", began)
 
     shots = [
-        Shot(_say(sample), _get_language(sample), sample.captions["en"], film, continued[index] if index < len(continued) else None)
+        Shot(
+            _say(sample),
+            _get_language(sample),
+            sample.captions["en"],
+            film,
+            _is_held_out(sample),
+            continued[index] if index < len(continued) else None,
+        )
         for index, (sample, film) in enumerate(zip(scenes, films, strict=True))
     ]
     context_seconds = emu3.defaults.clip_frames / 2 / emu3.defaults.fps
@@ -337,14 +348,15 @@ def _build_reading(reading: Reading) -> str:
     picture = _embed(reading.picture, f"A picture of: {reading.truth}")
     said = f"<q>{html.escape(reading.sentence)}</q>" if reading.sentence else "(no words)"
     verdict = "exactly right" if reading.right else f"truth: {html.escape(reading.truth)}"
-    mark = ' <small class="mark">not in training</small>' if reading.held_out else ""
+    mark = _MARK if reading.held_out else ""
     return f"<li><figure>{picture}<figcaption>{said} <small>{verdict}</small>{mark}</figcaption></figure></li>"
 
 
 def _build_shot(shot: Shot) -> str:
     picture = _embed_film(shot.film, f"Film made from: {shot.translation}")
     caption = _build_sentence(shot.sentence, shot.language, shot.translation)
-    return f"<li><figure>{picture}<figcaption>{caption}</figcaption></figure></li>"
+    mark = _MARK if shot.held_out else ""
+    return f"<li><figure>{picture}<figcaption>{caption}{mark}</figcaption></figure></li>"
 
 
 def _build_continuation(shot: Shot) -> str:
@@ -408,6 +420,8 @@ def _spread(length: int, count: int) -> list[int]:
     """`count` places spread over 0 ... length - 1, without repeats."""
     return sorted({round(index * (length - 1) / max(count - 1, 1)) for index in range(count)})
 
+
+_MARK = ' <small class="mark">not in training</small>'
 
 _PAGE = """<!doctype html>
 <html lang="en">
