@@ -19,12 +19,14 @@ from torch.autograd.function import once_differentiable
 
 def compute_cross_entropy(hidden: Tensor, head: Tensor, targets: Tensor, weights: Tensor, chunk: int = 1024) -> tuple[Tensor, Tensor]:
     """(sum of weight * -log p(target) [], the same per token and unweighted [N], without gradient), both fp32."""
-    return LinearCrossEntropy.apply(hidden, head, targets, weights, chunk)
+    return LinearCrossEntropy.apply(hidden, head, targets, weights, chunk, torch.is_grad_enabled())
 
 
 class LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, head: Tensor, targets: Tensor, weights: Tensor, chunk: int) -> tuple[Tensor, Tensor]:
+    def forward(
+        ctx: Any, hidden: Tensor, head: Tensor, targets: Tensor, weights: Tensor, chunk: int, make_gradients: bool
+    ) -> tuple[Tensor, Tensor]:
         head_cast = head.to(hidden.dtype)
         grad_hidden = torch.empty_like(hidden)
         grad_head = torch.zeros_like(head, dtype=torch.float32)
@@ -35,6 +37,8 @@ class LinearCrossEntropy(torch.autograd.Function):
             log_normaliser = logits.logsumexp(1)
             target = targets[part].unsqueeze(1)
             losses[part] = log_normaliser - logits.gather(1, target).squeeze(1)
+            if not make_gradients:  # measuring alone: two of the three products are not needed
+                continue
             # d loss / d logits = weight * (softmax - one-hot)
             grad = logits.sub_(log_normaliser.unsqueeze(1)).exp_()
             grad.scatter_add_(1, target, grad.new_full(target.shape, -1.0))
@@ -47,6 +51,6 @@ class LinearCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_sum: Tensor, _: Tensor) -> tuple[Tensor, Tensor, None, None, None]:
+    def backward(ctx: Any, grad_sum: Tensor, _: Tensor) -> tuple[Tensor, Tensor, None, None, None, None]:
         grad_hidden, grad_head = ctx.saved_tensors
-        return grad_hidden * grad_sum, grad_head * grad_sum, None, None, None
+        return grad_hidden * grad_sum, grad_head * grad_sum, None, None, None, None
