@@ -21,6 +21,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, Protocol
 
+import numpy as np
 import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -128,7 +129,8 @@ class Trainer:
         source = self.batches(self.step * config.micro_batches)
         bad_steps, since, first = 0, time.perf_counter(), self.step
         while not self.is_complete and not self.stopping:
-            torch.manual_seed((config.seed << 32) + self.step)
+            # Hashed, because torch's CPU generator looks at the lowest 32 bits of a seed alone.
+            torch.manual_seed(int(np.random.SeedSequence((config.seed, self.step)).generate_state(1)[0]))
             metrics = learner.learn(self.step, [next(source) for _ in range(config.micro_batches)])
             self.step += 1
             bad_steps = 0 if all(math.isfinite(value) for value in metrics.values()) else bad_steps + 1
