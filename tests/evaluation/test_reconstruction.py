@@ -1,6 +1,7 @@
 """PSNR and SSIM against scikit-image; the streaming of pictures and videos with a real (tiny, random) tokenizer and real files."""
 
 import json
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -23,11 +24,14 @@ from openemu3.evaluation.reconstruction import (
     compute_ssim,
     find_media,
     fit_square,
+    load_tokenizer,
     round_to_levels,
     run_reconstruction,
     score_video,
 )
 from openemu3.media import read_image, read_video, write_image, write_video
+from openemu3.model.layouts import ModelConfig
+from openemu3.model.weights import save_config, save_state
 from openemu3.records import InputError
 from openemu3.tokenization.lpips import LPIPS
 from openemu3.tokenization.vision import VisionTokenizer, VisionTokenizerConfig
@@ -196,6 +200,17 @@ def test_run_on_videos(tokenizer: VisionTokenizer, tmp_path: Path, measuring_cac
     assert all(row["psnr"]["count"] == 16 for row in report["sizes"])
     json.dumps(report, allow_nan=False)
     Console(quiet=True).print(build_reconstruction_table(report))
+
+
+def test_tokenizer_from_a_folder(tokenizer: VisionTokenizer, tmp_path: Path) -> None:
+    save_config(tmp_path, ModelConfig(vision_tokenizer=asdict(TINY)))
+    save_state(tmp_path, "vision_tokenizer", tokenizer.state_dict(), torch.float32)
+    loaded = load_tokenizer(tmp_path)
+    pixels = torch.rand(1, 3, 32, 32) * 2 - 1
+    assert torch.equal(loaded.encode_image(pixels), tokenizer.encode_image(pixels))
+    (tmp_path / "config.json").write_text('{"vocabulary": {"num_text": 300, "num_codes": 64}, "transformer": {}}')
+    with pytest.raises(InputError, match="no vision tokenizer"):
+        load_tokenizer(tmp_path)
 
 
 def test_bad_input_is_named(tokenizer: VisionTokenizer, tmp_path: Path, measuring_cache: Path) -> None:

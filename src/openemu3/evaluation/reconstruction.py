@@ -13,6 +13,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
+from importlib import resources
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
@@ -23,8 +24,10 @@ from torch import Tensor
 
 from openemu3.evaluation.frechet import FeatureStatistics, Inception, compute_frechet_distance
 from openemu3.media import preprocess_image, probe_video, read_image, resize, stream_video
+from openemu3.model.weights import load_into, read_config
 from openemu3.records import InputError
 from openemu3.tokenization.lpips import LPIPS
+from openemu3.tokenization.vision import VisionTokenizer, VisionTokenizerConfig
 
 Window = Literal["gaussian", "uniform"]
 Progress = Callable[[int, int, str], None]  # (done, of how many, what is being done)
@@ -221,6 +224,14 @@ class VideoProtocol:
     side. The tokenizer sees it as a whole at its own aspect ratio (long side cut to a multiple of 8), and the middle square is compared
     (crop "after"); "before" cuts the square out first. The 8 compared frames lie evenly over the 5 s (sampling "spread");
     "consecutive" codes and compares the first 8 frames alone.
+
+    Attributes:
+        sides: short sides in pixels, each measured by itself; multiples of 8.
+        seconds: length of the clip from the beginning of the file; shorter files are taken as they are.
+        fps: frames per second that files are resampled to.
+        num_frames: frames that are compared; a file with fewer is refused.
+        sampling: "spread" over the clip, or "consecutive" from its beginning.
+        crop: the square is cut out "after" the tokenizer or "before" it.
     """
 
     sides: tuple[int, ...] = (128, 256, 512, 720)
@@ -319,6 +330,21 @@ class ReconstructionConfig:
     batch_size: int = 8
     device: str = "cpu"
     dtype: Literal["float32", "bfloat16"] = "float32"
+
+
+def load_tokenizer(folder: Path | str = "mini", device: str = "cpu") -> VisionTokenizer:
+    """The vision tokenizer of a folder of weights (ours, official or transformers' layout), or "mini", the one in this package; fp32.
+
+    Raises InputError for a folder that is missing, damaged or foreign, or holds no vision tokenizer.
+    """
+    path = Path(str(resources.files("openemu3") / "assets" / "mini")) if folder == "mini" else Path(folder)
+    sizes = read_config(path).vision_tokenizer
+    if sizes is None:
+        raise InputError(f"{path} holds no vision tokenizer; name the folder of one (Emu3-VisionTokenizer)")
+    with torch.device("meta"):
+        tokenizer = VisionTokenizer(VisionTokenizerConfig(**sizes))
+    load_into(tokenizer, path, "vision_tokenizer", device, torch.float32)
+    return tokenizer
 
 
 def run_reconstruction(tokenizer: torch.nn.Module, config: ReconstructionConfig, progress: Progress | None = None) -> dict[str, Any]:
