@@ -2,8 +2,9 @@
 
 import pytest
 import torch
+from torch.nn import functional as F
 
-from openemu3.generation.kv_cache import KeyValueCache
+from openemu3.generation.kv_cache import MIN_PASS_TOKENS, KeyValueCache
 from openemu3.model.attention import CausalAttention
 
 
@@ -18,7 +19,11 @@ def plain(transformer, tokens):
 
 
 def feed(transformer, tokens, attention):
-    return transformer(torch.cat(tokens)[None], attention, attention.positions)[0].split([len(t) for t in tokens])
+    line = torch.cat(tokens)
+    missing = attention.positions.shape[1] - len(line)
+    assert missing == max(0, MIN_PASS_TOKENS - len(line))
+    hidden = transformer(F.pad(line, (0, missing))[None], attention, attention.positions)[0]
+    return hidden[: len(line)].split([len(t) for t in tokens])
 
 
 @pytest.mark.parametrize(("num_heads", "num_kv_heads"), [(4, 2), (4, 4), (6, 1)])
@@ -35,7 +40,7 @@ def test_any_mixture_of_prefill_and_decode_equals_one_plain_pass(make_transforme
             cache.add_row()
         # Rows 0 and 2 first, row 1 later; row 2 in two pieces; then one to three tokens each, different ones in one pass.
         got = [[], [], []]
-        for chosen, counts in [([0, 2], [62, 117]), ([2], [6]), ([1], [60])]:
+        for chosen, counts in [([0, 2], [62, 117]), ([2], [3]), ([2], [3]), ([1], [60])]:
             starts = [cache.lengths[row] for row in chosen]
             pieces = [rows[row][start : start + count] for row, start, count in zip(chosen, starts, counts, strict=True)]
             for row, hidden in zip(chosen, feed(transformer, pieces, cache.begin_prefill(chosen, counts)), strict=True):

@@ -20,8 +20,9 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+from torch.nn import functional as F
 
-from openemu3.generation.kv_cache import KeyValueCache
+from openemu3.generation.kv_cache import MIN_PASS_TOKENS, DecodeAttention, KeyValueCache, PrefillAttention
 from openemu3.generation.sampling import SamplingRows, SamplingSettings, guide, sample
 from openemu3.model.transformer import Transformer
 from openemu3.records import InputError
@@ -183,7 +184,7 @@ class _Group:
     jobs: list[_Job]
     indices: Tensor  # int64 [R], their places among all active jobs
     seats: Tensor  # int64 [R]
-    hidden_rows: Tensor  # int64 [R + guided], cache rows: conditional of every job, then unconditional of the guided ones
+    hidden_rows: Tensor  # int64 [>= R + guided], cache rows: conditional of every job, unconditional of the guided ones, dummies
     guided: Tensor | None  # int64 [guided], which of the R are guided; None: none
     sampling: SamplingRows
     vocab_slice: slice
@@ -244,11 +245,16 @@ class _Run:
             line = torch.from_numpy(template).to(self.device)
             line[torch.from_numpy(last - np.array(counts) + 1).to(self.device)] = drawn_ids
         attention = self.cache.begin_decode(counts)
-        hidden = self.engine.transformer(line[None], attention, attention.positions)[0]  # [N, D]
+        hidden = self._pass(line, attention)
         if max(counts) > 1:
             hidden = hidden[torch.from_numpy(last).to(self.device)]  # [rows, D]
         self._draw(self.groups, hidden)
         self._retire()
+
+    def _pass(self, line: Tensor, attention: PrefillAttention | DecodeAttention) -> Tensor:
+        """Hidden states of a line of tokens [N] -> [P, D], of which the first N mean something."""
+        filled = F.pad(line, (0, attention.positions.shape[1] - len(line)))
+        return self.engine.transformer(filled[None], attention, attention.positions)[0]
 
     def _prefill(self, jobs: list[_Job]) -> Tensor:
         """Reads the jobs' prompts into the cache; hidden states of their last tokens, [rows in use, D] (zero for other rows)."""
@@ -272,7 +278,7 @@ class _Run:
             counts = [len(part) for part in parts]
             attention = self.cache.begin_prefill(rows, counts)
             line = torch.from_numpy(np.concatenate(parts)).to(self.device)
-            hidden = transformer(line[None], attention, attention.positions)[0]  # [N, D]
+            hidden = self._pass(line, attention)  # [N, D]
             for row, end, is_last in zip(rows, np.cumsum(counts).tolist(), finished, strict=True):
                 if is_last:
                     last_hidden[row] = hidden[end - 1]
@@ -286,7 +292,7 @@ class _Run:
                 raise ValueError("the transformer gives logits that are not finite numbers; its weights are broken")
             scores = logits[: len(group.jobs)]  # [R, V]
             if group.guided is not None:
-                unconditional = logits[len(group.jobs) :]
+                unconditional = logits[len(group.jobs) : len(group.jobs) + len(group.guided)]
                 if len(group.guided) == len(group.jobs):
                     scores = guide(scores, unconditional, group.sampling.guidance)
                 else:
@@ -338,6 +344,7 @@ class _Run:
                 continue
             guided = [place for place, job in enumerate(members) if len(job.rows) == 2]
             rows = [job.rows[0] for job in members] + [members[place].rows[1] for place in guided]
+            rows += rows[:1] * (MIN_PASS_TOKENS - len(rows))  # the head is a matrix product too
             text_slice = slice(0, vocabulary.eos + 1)
 
             def as_tensor(values: list[int]) -> Tensor:

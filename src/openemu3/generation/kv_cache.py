@@ -2,7 +2,8 @@
 
 In: the number of new tokens of each row in a pass. Out: an `Attention` for that pass, to hand to the transformer.
 The surprising thing: rows are not padded against each other. A pass is one flat line of new tokens, [1, N], row after row, whatever
-each row's length or number of new tokens; linear layers see N tokens, and only attention knows of rows.
+each row's length or number of new tokens; linear layers see N tokens, and only attention knows of rows. The line must be as long as
+the attention's `positions` [1, P], P = max(N, MIN_PASS_TOKENS); what comes after the N tokens is ignored.
 
 Prefill (many new tokens a row) goes through SDPA row by row; decoding (one to a few) is two matrix products grouped by key/value
 head with a softmax between, which on a CPU is several times faster than SDPA there, and never repeats keys or values.
@@ -21,6 +22,9 @@ from torch.nn import functional as F
 # Decoding looks at the keys up to a multiple of this. On a CPU every new matrix shape in bf16 costs the compilation of a kernel and
 # some 300 KB that stay; 64 steps share one.
 KEY_BLOCK = 64
+# A pass has at least so many tokens, filled up with dummies that nothing is kept of: matrix products of fewer rows take other paths on a
+# CPU and round differently, so that a request alone would get other logits than beside others. From 4 on they are equal bit by bit.
+MIN_PASS_TOKENS = 4
 
 
 class KeyValueCache:
@@ -98,14 +102,16 @@ class PrefillAttention:
         self.keys, self.values = cache.keys, cache.values
         self.segments = list(zip(rows, starts, counts, strict=True))
         device = cache.keys.device
-        self.positions = torch.cat([torch.arange(start, start + count) for _, start, count in self.segments]).to(device)[None]  # [1, N]
+        places = torch.cat([torch.arange(start, start + count) for _, start, count in self.segments])
+        self.num_new = len(places)
+        self.positions = _fill_up(places).to(device)[None]  # [1, P]
         self.masks = [  # bool [count, start + count]; SDPA's own causal mask would start at the first key
             torch.ones(count, start + count, dtype=torch.bool, device=device).tril(start) if start else None
             for _, start, count in self.segments
         ]
 
     def __call__(self, layer_index: int, queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
-        """queries [1, H, N, K], keys and values [1, KV, N, K] of the new tokens -> [1, H, N, K]; writes the cache."""
+        """queries [1, H, P, K], keys and values [1, KV, P, K] -> [1, H, P, K]; writes the first N into the cache."""
         outputs, begin = [], 0
         for (row, start, count), mask in zip(self.segments, self.masks, strict=True):
             new = slice(begin, begin + count)
@@ -123,6 +129,7 @@ class PrefillAttention:
                 )
             )
             begin += count
+        outputs.append(queries.new_zeros(1, queries.shape[1], queries.shape[2] - self.num_new, queries.shape[3]))
         return torch.cat(outputs, dim=2)
 
 
@@ -156,19 +163,20 @@ class DecodeAttention:
             self.gathered = (rows * most_new + within).to(device)  # [N] -> place in [R, M]
         self.rows = rows.to(device)
         self.places = flat_places.to(device)
-        self.positions = self.places[None]  # [1, N]
+        self.positions = _fill_up(flat_places).to(device)[None]  # [1, P]
         hidden = torch.arange(self.num_keys) > places[:, :, None]  # [R, M, S]
         self.hidden = hidden[:, None, None].to(device) if bool(hidden.any()) else None  # [R, 1, 1, M, S]
 
     def __call__(self, layer_index: int, queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
-        """queries [1, H, N, K], keys and values [1, KV, N, K] of the new tokens -> [1, H, N, K]; writes the cache."""
+        """queries [1, H, P, K], keys and values [1, KV, P, K] -> [1, H, P, K]; writes the first N into the cache."""
         num_kv_heads, head_dim = keys.shape[1], keys.shape[3]
+        num_new, num_dummies = len(self.places), queries.shape[2] - len(self.places)
         held_keys, held_values = self.keys[layer_index], self.values[layer_index]  # [R, KV, C, K]
-        held_keys[self.rows, :, self.places] = keys[0].transpose(0, 1)  # [N, KV, K]
-        held_values[self.rows, :, self.places] = values[0].transpose(0, 1)
+        held_keys[self.rows, :, self.places] = keys[0, :, :num_new].transpose(0, 1)  # [N, KV, K]
+        held_values[self.rows, :, self.places] = values[0, :, :num_new].transpose(0, 1)
         seen_keys, seen_values = held_keys[:, :, : self.num_keys], held_values[:, :, : self.num_keys]  # [R, KV, S, K]
 
-        line = queries[0] if self.spread is None else queries[0, :, self.spread]  # [H, R * M, K]
+        line = queries[0, :, :num_new] if self.spread is None else queries[0, :, self.spread]  # [H, R * M, K]
         line = line.unflatten(1, (self.num_rows, self.most_new)).unflatten(0, (num_kv_heads, -1))  # [KV, G, R, M, K]
         grouped = line.permute(2, 0, 4, 1, 3).flatten(3)  # [R, KV, K, G * M]
         # Keys times queries, not queries times keys: the keys are then read as they lie, and bf16 is three times faster on a CPU.
@@ -178,4 +186,10 @@ class DecodeAttention:
             scores.unflatten(2, (-1, self.most_new)).masked_fill_(self.hidden, -math.inf)
         mixed = scores.softmax(dim=-1).to(queries.dtype) @ seen_values  # [R, KV, G * M, K]
         mixed = mixed.unflatten(2, (-1, self.most_new)).permute(1, 2, 0, 3, 4).flatten(2, 3).flatten(0, 1)  # [H, R * M, K]
-        return (mixed if self.gathered is None else mixed[:, self.gathered])[None]
+        mixed = mixed if self.gathered is None else mixed[:, self.gathered]  # [H, N, K]
+        return F.pad(mixed, (0, 0, 0, num_dummies))[None]
+
+
+def _fill_up(places: Tensor) -> Tensor:
+    """[N] -> [P]: dummies stand at position 0."""
+    return F.pad(places, (0, max(0, MIN_PASS_TOKENS - len(places))))
