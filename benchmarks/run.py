@@ -1,0 +1,39 @@
+"""Every benchmark of this folder, one after the other, each beside what people use now: what `make bench` runs.
+
+    python benchmarks/run.py            about a quarter of an hour on two quiet cores
+    python benchmarks/run.py --quick    about three minutes, rough numbers
+
+Each prints its ratios; the results also go to one JSON file. The surprising thing: they are separate processes, so that none inherits
+another's memory, threads or warm caches.
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+BENCHMARKS = ("vision_tokenizer", "generation")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="fewer cases, one round")
+    parser.add_argument("--json", type=Path, metavar="FILE", default=Path("outputs/bench.json"), help="where the results go")
+    arguments = parser.parse_args()
+    results = {}
+    for name in BENCHMARKS:
+        print(f"\n== {name}\n", flush=True)
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder) / "results.json"
+            command = [sys.executable, str(Path(__file__).with_name(f"{name}.py")), "--json", str(path)]
+            subprocess.run(command + ["--quick"] * arguments.quick, check=True)
+            results[name] = json.loads(path.read_text(encoding="utf-8"))
+    arguments.json.parent.mkdir(parents=True, exist_ok=True)
+    arguments.json.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+    print(f"\nresults -> {arguments.json}")
+
+
+if __name__ == "__main__":
+    main()
