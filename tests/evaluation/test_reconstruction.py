@@ -204,7 +204,7 @@ def test_run_on_videos(tokenizer: VisionTokenizer, tmp_path: Path, measuring_cac
 
 def test_tokenizer_from_a_folder(tokenizer: VisionTokenizer, tmp_path: Path) -> None:
     save_config(tmp_path, ModelConfig(vision_tokenizer=asdict(TINY)))
-    save_state(tmp_path, "vision_tokenizer", tokenizer.state_dict(), torch.float32)
+    save_state(tmp_path, tokenizer.state_dict(), "vision_tokenizer", torch.float32)
     loaded = load_tokenizer(tmp_path)
     pixels = torch.rand(1, 3, 32, 32) * 2 - 1
     assert torch.equal(loaded.encode_image(pixels), tokenizer.encode_image(pixels))
