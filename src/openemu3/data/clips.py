@@ -18,8 +18,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from openemu3.media import read_image, read_video
+from openemu3.media import read_image
 from openemu3.records import InputError, Sample
+from openemu3.tokenization.encode import read_clip
 
 
 @dataclass(frozen=True)
@@ -38,6 +39,11 @@ class PixelBatchesConfig:
     video_every: int = 4  # every n-th batch is one of clips; 0: stills alone
     max_shift: int = 4  # pixels of random translation, filled with white; a flip left to right in half of the cases
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name, least in (("images_per_batch", 1), ("clips_per_batch", 1), ("clip_frames", 1), ("video_every", 0), ("max_shift", 0)):
+            if getattr(self, name) < least:
+                raise InputError(f"{name} is {getattr(self, name)}; it must be at least {least}")
 
 
 class PixelBatches:
@@ -70,18 +76,27 @@ class PixelBatches:
         if every and number % every == every - 1:
             first = (num_videos - 1) * config.clips_per_batch
             chosen = [draw_without_repeats(self.videos, first + i, config.seed + 1) for i in range(config.clips_per_batch)]
-            return PixelBatch("video", torch.stack([augment(self._read_clip(s, random), random, config.max_shift) for s in chosen]))
+            return PixelBatch("video", stack(chosen, [augment(self._read_clip(s, random), random, config.max_shift) for s in chosen]))
         first = (number - num_videos) * config.images_per_batch
         chosen = [draw_without_repeats(self.images, first + i, config.seed) for i in range(config.images_per_batch)]
-        return PixelBatch("image", torch.stack([augment(read_image(s.media), random, config.max_shift) for s in chosen]))
+        return PixelBatch("image", stack(chosen, [augment(read_image(s.media), random, config.max_shift) for s in chosen]))
 
     def _read_clip(self, sample: Sample, random: np.random.Generator) -> Tensor:
-        frames, _ = read_video(sample.media)
+        frames, _ = read_clip(sample)
         missing = self.config.clip_frames - frames.shape[1]
         if missing > 0:
             return torch.cat([frames, frames[:, -1:].expand(-1, missing, -1, -1)], dim=1)
         start = int(random.integers(0, frames.shape[1] - self.config.clip_frames + 1))
         return frames[:, start : start + self.config.clip_frames]
+
+
+def stack(samples: Sequence[Sample], pixels: Sequence[Tensor]) -> Tensor:
+    """[B, 3, T, H, W] of B times [3, T, H, W]. Raises InputError for sizes that differ."""
+    for sample, one in zip(samples, pixels, strict=True):
+        if one.shape != pixels[0].shape:
+            sizes = " x ".join(map(str, pixels[0].shape[2:])), " x ".join(map(str, one.shape[2:]))
+            raise InputError(f"sample {samples[0].id!r} has {sizes[0]} pixels and {sample.id!r} {sizes[1]}; all must be of one size")
+    return torch.stack(list(pixels))
 
 
 def draw_without_repeats(items: Sequence[Sample], index: int, seed: int) -> Sample:

@@ -16,12 +16,13 @@ import numpy as np
 import torch
 from torch import nn
 
-from openemu3.data.clips import PixelBatch, PixelBatches, PixelBatchesConfig
+from openemu3.data.clips import PixelBatch, PixelBatches, PixelBatchesConfig, stack
 from openemu3.data.documents import DocumentBatches, DocumentBatchesConfig, DocumentTable, LanguageBatch, pad_documents
 from openemu3.data.samples import read_samples
-from openemu3.media import read_image, read_video
+from openemu3.media import read_image
 from openemu3.model.transformer import Transformer, TransformerConfig, build_transformer
 from openemu3.records import InputError, Sample
+from openemu3.tokenization.encode import read_clip
 from openemu3.tokenization.vision import VisionTokenizer, VisionTokenizerConfig
 from openemu3.training.checkpoint import take_prefix
 from openemu3.training.export import compute_fingerprint, load_newest, read_vocabulary
@@ -45,6 +46,11 @@ class VisionTokenizerRun:
     init_from: Path | None = None
     seed: int = 0
     device: str = "cpu"
+
+    def __post_init__(self) -> None:
+        group = self.tokenizer.temporal_downsample_factor
+        if self.batches.clip_frames % group:
+            raise InputError(f"clip_frames is {self.batches.clip_frames}; it must be a multiple of {group}, the frames of one latent frame")
 
     def build_learner(self) -> VisionLearner:
         held_out = [s for path in self.samples for s in read_samples(path, splits={self.validation_split})]
@@ -118,9 +124,10 @@ def read_pixel_batches(samples: list[Sample], max_stills: int, batch_size: int =
     """Every held-out still and clip once, in order, up to the given numbers."""
     stills = [s for s in samples if s.kind == "image"][:max_stills]
     for first in range(0, len(stills), batch_size):
-        yield PixelBatch("image", torch.stack([read_image(s.media) for s in stills[first : first + batch_size]]))
+        chosen = stills[first : first + batch_size]
+        yield PixelBatch("image", stack(chosen, [read_image(s.media) for s in chosen]))
     for clip in [s for s in samples if s.kind == "video"][: max_stills // 8]:
-        yield PixelBatch("video", read_video(clip.media)[0].unsqueeze(0))
+        yield PixelBatch("video", read_clip(clip)[0].unsqueeze(0))
 
 
 @dataclass(frozen=True)
