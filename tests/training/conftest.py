@@ -6,10 +6,12 @@ from io import BytesIO
 from pathlib import Path
 
 import pytest
+import torch
 from PIL import Image, ImageDraw
 
 from openemu3.data.documents import write_documents
 from openemu3.data.samples import read_samples, write_samples
+from openemu3.media import read_image
 from openemu3.model.transformer import TransformerConfig
 from openemu3.records import Sample
 from openemu3.tokenization.encode import EncodeConfig, encode_samples
@@ -105,6 +107,10 @@ def data(tmp_path_factory: pytest.TempPathFactory, vision_config: VisionTokenize
     (folder / "text.tiktoken").write_bytes(train_text_tokenizer(captions * 20, NUM_TEXT))
     tokenizer = VisionTokenizer(vision_config)
     init_vision_tokenizer(tokenizer, 0)
+    stills = torch.stack([read_image(sample.media)[:, 0] for sample in make_samples() if sample.kind == "image"])
+    with torch.no_grad():  # codes that lie among the latents, so that different pictures have different ones
+        latents = tokenizer.encode_latents(stills.unsqueeze(2)).movedim(1, -1).flatten(0, -2)  # [192, 4]
+        tokenizer.quantize.embedding.weight.copy_(latents[::3])
     save_checkpoint(folder / "run" / "checkpoints", 1, add_prefix("average", tokenizer.state_dict()), {})
     export_tokenizers(folder / "run", vision_config, folder / "text.tiktoken", folder / "tokenizers")
     vision, form = load_tokenizers(folder / "tokenizers")
