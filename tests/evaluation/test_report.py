@@ -14,7 +14,7 @@ from torch import Tensor
 
 from openemu3.data.samples import write_samples
 from openemu3.evaluation.classifiers import embed_pictures, find_nearest, train_classifier
-from openemu3.evaluation.image_generation import TONES, Judges, RealPictures, choose_candidates, draw_samples, score_drawings
+from openemu3.evaluation.image_generation import TONES, Judges, choose_candidates, choose_pool, draw_samples, score_drawings
 from openemu3.evaluation.report import (
     ReportConfig,
     build_report_tables,
@@ -101,13 +101,7 @@ def world(world_folder: Path) -> tuple[list[Sample], Tensor]:
 @pytest.fixture(scope="module")
 def judges(world: tuple[list[Sample], Tensor], measuring_weights: Path) -> Judges:
     samples, pixels = world
-    return train_judges(samples, pixels, LPIPS("alex", measuring_weights / "lpips_alex.safetensors"), seed=0, num_steps=60)
-
-
-@pytest.fixture(scope="module")
-def real(world: tuple[list[Sample], Tensor], judges: Judges) -> RealPictures:
-    samples, pixels = world
-    return RealPictures(samples, pixels, embed_pictures(judges.lpips, pixels))
+    return train_judges(samples, pixels, LPIPS("alex", measuring_weights / "lpips_alex.safetensors"), num_steps=50)
 
 
 class MasterPainter:
@@ -131,14 +125,12 @@ class AnyPainter:
         return [to_pil(self.pixels[int(random.integers(len(self.pixels)))]) for _ in prompt]
 
 
-def test_the_right_pictures_are_recognised_and_any_pictures_are_not(
-    world: tuple[list[Sample], Tensor], judges: Judges, real: RealPictures
-) -> None:
+def test_the_right_pictures_are_recognised_and_any_pictures_are_not(world: tuple[list[Sample], Tensor], judges: Judges) -> None:
     samples, pixels = world
     wanted = [index for index, sample in enumerate(samples) if sample.split == "heldout_combination"]
     asked = [samples[index] for index in wanted]
     master = draw_samples(MasterPainter(samples), asked, language="zh")
-    report = score_drawings(master, pixels[wanted], asked, real, judges, num_candidates=5)
+    report = score_drawings(master, pixels[wanted], wanted, samples, pixels, judges, num_candidates=5)
     assert report["num_pictures"] == len(wanted) and report["chance"] == 0.2
     for measure in ("retrieval", "version"):
         assert report[measure]["drawn"]["mean"] == 1 and report[measure]["ceiling"]["mean"] == 1
@@ -146,43 +138,43 @@ def test_the_right_pictures_are_recognised_and_any_pictures_are_not(
     assert report["tone"]["drawn"]["count"] == sum(bool(sample.attributes["tone"]) for sample in asked) < len(asked)
     assert report["tone_within_one"]["drawn"]["mean"] >= report["tone"]["drawn"]["mean"]
 
-    anything = score_drawings(draw_samples(AnyPainter(pixels), asked), pixels[wanted], asked, real, judges, num_candidates=5)
+    anything = score_drawings(draw_samples(AnyPainter(pixels), asked), pixels[wanted], wanted, samples, pixels, judges, num_candidates=5)
     assert anything["retrieval"]["drawn"]["mean"] < 0.6 and anything["version"]["drawn"]["mean"] < 0.7
     assert anything["retrieval"]["ceiling"] == report["retrieval"]["ceiling"]
 
 
-def test_the_right_concept_in_the_wrong_version_is_told_apart(
-    world: tuple[list[Sample], Tensor], judges: Judges, real: RealPictures
-) -> None:
+def test_the_right_concept_in_the_wrong_version_is_told_apart(world: tuple[list[Sample], Tensor], judges: Judges) -> None:
     samples, pixels = world
     flat = [index for index, sample in enumerate(samples) if sample.attributes["style"] == "flat"]
-    shaded = [real.index_of[f"3D/{samples[index].id.split('/')[1]}/"] for index in flat]
-    report = score_drawings(pixels[shaded], pixels[flat], [samples[index] for index in flat], real, judges, num_candidates=5)
+    shaded = [index - 1 for index in flat]
+    assert [samples[index].attributes["concept"] for index in shaded] == [samples[index].attributes["concept"] for index in flat]
+    report = score_drawings(pixels[shaded], pixels[flat], flat, samples, pixels, judges, num_candidates=5)
     assert report["version"]["drawn"]["mean"] == 0 and report["style"]["drawn"]["mean"] < 0.2
     assert report["retrieval"]["drawn"]["mean"] > 0.5 and "tone" not in report
 
 
 def test_candidates_differ_from_the_sample_in_the_concept_alone(world: tuple[list[Sample], Tensor]) -> None:
     samples, _ = world
-    by_id = {sample.id: sample for sample in samples}
-    sample = by_id["3D/4/dark"]
-    chosen = choose_candidates(sample, samples, num_candidates=6)
-    assert len(set(chosen)) == 6 and sample.id in chosen
-    assert {(by_id[name].attributes["style"], by_id[name].attributes["tone"]) for name in chosen} == {("3D", "dark")}
-    assert len({by_id[name].attributes["concept"] for name in chosen}) == 6
-    assert chosen == choose_candidates(sample, list(reversed(list(reversed(samples)))), num_candidates=6)
-    assert chosen != choose_candidates(sample, samples, num_candidates=6, seed=1)
-    places = [choose_candidates(one, samples, num_candidates=6).index(one.id) for one in samples if one.attributes["tone"]]
-    assert len(set(places)) > 3  # the right one is not always in the same place
+    sample = next(sample for sample in samples if sample.id == "3D/4/dark")
+    pool = choose_pool(samples, "3D", "dark", 9)
+    assert len(set(pool)) == 9 and pool == choose_pool(samples, "3D", "dark", 12)[:9]
+    assert {(samples[index].attributes["style"], samples[index].attributes["tone"]) for index in pool} == {("3D", "dark")}
+    assert pool != choose_pool(samples, "3D", "dark", 9, seed=1)
+    chosen = choose_candidates(sample, samples, pool, num_candidates=6)
+    concepts = [samples[pool[place]].attributes["concept"] for place in chosen]
+    assert len(chosen) == len(set(concepts)) == 5 and sample.attributes["concept"] not in concepts
+    assert chosen == choose_candidates(sample, samples, pool, num_candidates=6)
+    assert chosen != choose_candidates(sample, samples, pool, num_candidates=6, seed=1)
+    whole = choose_pool(samples, "3D", "dark", 100)
     with pytest.raises(InputError, match="11 others"):
-        choose_candidates(sample, samples, num_candidates=50)
+        choose_candidates(sample, samples, whole, num_candidates=50)
 
 
-def test_embeddings_find_what_lpips_finds(world: tuple[list[Sample], Tensor], judges: Judges, real: RealPictures) -> None:
+def test_nearest_is_what_lpips_calls_nearest(world: tuple[list[Sample], Tensor], judges: Judges) -> None:
     _, pixels = world
     query = pixels[5:6] * 0.9
     distances = [float(judges.lpips(query, pixels[index : index + 1])) for index in range(20)]
-    assert find_nearest(embed_pictures(judges.lpips, query)[0], real.embeddings[:20]) == int(np.argmin(distances))
+    assert find_nearest(embed_pictures(judges.lpips, query)[0], embed_pictures(judges.lpips, pixels[:20])) == int(np.argmin(distances))
 
 
 def test_classifier_is_the_same_for_the_same_seed_and_leaves_the_generator_alone() -> None:

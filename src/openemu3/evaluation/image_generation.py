@@ -2,8 +2,9 @@
 
 In: a model that draws, and samples (pictures with captions and the attributes concept, style, tone). Out: shares with intervals.
 Retrieval is defined like this: a picture is drawn from the caption of a held-out or training sample; among 50 real pictures, the
-sample's own and 49 of other concepts *in the same style and tone*, the drawn one must be nearest, by LPIPS (AlexNet), to its own.
-Chance is 1 in 50. The judge never saw the model: it is an ImageNet network with weights learnt from people's judgements.
+sample's own and 49 of other concepts *in the same style and tone*, the drawn one must be nearest, by LPIPS (VGG), to its own.
+Chance is 1 in 50. The judge never saw the model: it is an ImageNet network with weights learnt from people's judgements (and it is not
+the AlexNet that the mini model's vision tokenizer was trained with).
 "version" turns it around: among the real pictures of the *same* concept, in every style and tone there is, the drawn one must be
 nearest to the one that was asked for. Style and tone are also judged by small classifiers trained on real pictures.
 The surprising thing: every share stands beside a ceiling, the same measure on the tokenizer's reconstruction of the right real picture.
@@ -37,41 +38,32 @@ class Painter(Protocol):
 
 
 @dataclass(frozen=True)
-class RealPictures:
-    """The real pictures that drawn ones are compared with.
+class Judges:
+    """Who judges drawn pictures: LPIPS for the concept, classifiers of real pictures for style and skin tone."""
 
-    samples: their rows; pixels [N, 3, H, W] in [-1, 1] and LPIPS vectors [N, D] in the same order.
+    lpips: LPIPS
+    style: PixelClassifier
+    tone: PixelClassifier
+
+
+def choose_pool(samples: Sequence[Sample], style: str, tone: str, size: int, seed: int = 0) -> list[int]:
+    """Up to `size` samples (by index) of one style and tone, by lottery: the order is a hash of the seed and the id."""
+    members = [index for index, sample in enumerate(samples) if sample.attributes["style"] == style and sample.attributes["tone"] == tone]
+    return sorted(members, key=lambda index: _hash(seed, samples[index].id))[:size]
+
+
+def choose_candidates(sample: Sample, samples: Sequence[Sample], pool: Sequence[int], num_candidates: int, seed: int = 0) -> list[int]:
+    """`num_candidates` - 1 samples of the pool (places in it) that show other concepts than the sample.
+
+    The draw depends on the pool, the seed and the sample's id alone. Raises InputError if there are not so many.
     """
-
-    samples: Sequence[Sample]
-    pixels: Tensor
-    embeddings: Tensor
-
-    @property
-    def index_of(self) -> dict[str, int]:
-        return {sample.id: index for index, sample in enumerate(self.samples)}
-
-
-def choose_candidates(sample: Sample, samples: Sequence[Sample], num_candidates: int = 50, seed: int = 0) -> list[str]:
-    """Ids of the sample itself and of `num_candidates` - 1 others of its style and tone and of other concepts, in a random order.
-
-    The draw depends on the seed and the sample's id alone. Raises InputError if there are not so many.
-    """
-    others = [
-        other
-        for other in samples
-        if other.attributes["style"] == sample.attributes["style"]
-        and other.attributes["tone"] == sample.attributes["tone"]
-        and other.attributes["concept"] != sample.attributes["concept"]
-    ]
+    others = [place for place, index in enumerate(pool) if not is_version(samples[index], sample)]
     if len(others) < num_candidates - 1:
         raise InputError(
             f"sample {sample.id!r} has {len(others)} others of its style and tone; {num_candidates - 1} are needed as candidates"
         )
-    random = np.random.default_rng(int.from_bytes(hashlib.sha256(f"{seed}/{sample.id}".encode()).digest()[:8]))
-    chosen = [others[index].id for index in random.choice(len(others), num_candidates - 1, replace=False)]
-    chosen.insert(int(random.integers(num_candidates)), sample.id)
-    return chosen
+    random = np.random.default_rng(int.from_bytes(_hash(seed, sample.id)[:8]))
+    return [others[place] for place in random.choice(len(others), num_candidates - 1, replace=False)]
 
 
 def is_version(one: Sample, other: Sample) -> bool:
@@ -85,63 +77,62 @@ def draw_samples(painter: Painter, samples: Sequence[Sample], language: str = "e
     return torch.cat([from_pil(pictures[0]) for pictures in drawn], dim=1).transpose(0, 1)
 
 
-@dataclass(frozen=True)
-class Judges:
-    """Who judges drawn pictures: LPIPS for the concept, classifiers of real pictures for style and skin tone."""
-
-    lpips: LPIPS
-    style: PixelClassifier
-    tone: PixelClassifier
-
-
 def score_drawings(
     drawn: Tensor,
     reconstructed: Tensor,
-    wanted: Sequence[Sample],
-    real: RealPictures,
+    wanted: Sequence[int],
+    samples: Sequence[Sample],
+    pixels: Tensor,
     judges: Judges,
     num_candidates: int = 50,
     seed: int = 0,
 ) -> dict[str, Any]:
     """How many drawings are recognised.
 
-    drawn, reconstructed: pixels [N, 3, H, W]: drawn from the samples' captions, and the samples' own pictures through the tokenizer.
+    drawn, reconstructed: pixels [M, 3, H, W]: drawn from the captions of the M wanted samples (by index), and those samples' own pictures
+        through the vision tokenizer.
+    samples, pixels: all real pictures there are, [N, 3, H, W].
     Returns num_pictures, chance, and for "retrieval", "version" (samples whose concept has other versions), "style" and, where samples
     have tones, "tone" and "tone_within_one": {"drawn": estimate, "ceiling": estimate}. "tone_within_one" also counts the neighbouring
-    of the five tones as right.
+    of the five tones as right. Memory holds the vectors of one style and tone's candidates (twice `num_candidates` of them).
     """
-    index_of = real.index_of
-    candidates = [
-        torch.tensor([index_of[name] for name in choose_candidates(sample, real.samples, num_candidates, seed)]) for sample in wanted
-    ]
-    versions = [torch.tensor([index_of[other.id] for other in real.samples if is_version(other, sample)]) for sample in wanted]
-    report: dict[str, Any] = {"num_pictures": len(wanted), "chance": 1 / num_candidates}
+    shown = {"drawn": drawn, "ceiling": reconstructed}
     verdicts: dict[str, dict[str, list[float]]] = {}
-    for source, pixels in (("drawn", drawn), ("ceiling", reconstructed)):
-        vectors = embed_pictures(judges.lpips, pixels)
-        found = [
-            float(real.samples[int(rows[find_nearest(vector, real.embeddings[rows])])].id == sample.id)
-            for vector, rows, sample in zip(vectors, candidates, wanted, strict=True)
-        ]
-        verdicts.setdefault("retrieval", {})[source] = found
-        found = [
-            float(real.samples[int(rows[find_nearest(vector, real.embeddings[rows])])].id == sample.id)
-            for vector, rows, sample in zip(vectors, versions, wanted, strict=True)
-            if len(rows) > 1
-        ]
-        if found:
-            verdicts.setdefault("version", {})[source] = found
-        styles = judges.style.classify(pixels)
-        verdicts.setdefault("style", {})[source] = [
-            float(style == sample.attributes["style"]) for style, sample in zip(styles, wanted, strict=True)
-        ]
-        toned = [index for index, sample in enumerate(wanted) if sample.attributes["tone"]]
+
+    def record(measure: str, source: str, is_right: bool) -> None:
+        verdicts.setdefault(measure, {}).setdefault(source, []).append(float(is_right))
+
+    groups: dict[tuple[str, str], list[int]] = {}
+    for place, index in enumerate(wanted):
+        groups.setdefault((samples[index].attributes["style"], samples[index].attributes["tone"]), []).append(place)
+    for (style, tone), places in groups.items():
+        pool = choose_pool(samples, style, tone, 2 * num_candidates, seed)
+        pool_vectors = embed_pictures(judges.lpips, pixels[pool])
+        for place in places:
+            index = wanted[place]
+            versions = [index, *(i for i, other in enumerate(samples) if i != index and is_version(other, samples[index]))]
+            version_vectors = embed_pictures(judges.lpips, pixels[versions])  # the right one first
+            others = pool_vectors[choose_candidates(samples[index], samples, pool, num_candidates, seed)]
+            for source, pictures in shown.items():
+                vector = embed_pictures(judges.lpips, pictures[place : place + 1])[0]
+                # With the right one last: a tie, such as between equal files, counts as wrong.
+                record("retrieval", source, find_nearest(vector, torch.cat([others, version_vectors[:1]])) == len(others))
+                if len(versions) > 1:
+                    record("version", source, find_nearest(vector, version_vectors) == 0)
+    for source, pictures in shown.items():
+        for found, index in zip(judges.style.classify(pictures), wanted, strict=True):
+            record("style", source, found == samples[index].attributes["style"])
+        toned = [place for place, index in enumerate(wanted) if samples[index].attributes["tone"]]
         if toned:
-            pairs = list(zip(judges.tone.classify(pixels[toned]), (wanted[index].attributes["tone"] for index in toned), strict=True))
-            verdicts.setdefault("tone", {})[source] = [float(got == asked) for got, asked in pairs]
-            verdicts.setdefault("tone_within_one", {})[source] = [
-                float(abs(TONES.index(got) - TONES.index(asked)) <= 1) for got, asked in pairs
-            ]
+            for found, place in zip(judges.tone.classify(pictures[toned]), toned, strict=True):
+                asked = samples[wanted[place]].attributes["tone"]
+                record("tone", source, found == asked)
+                record("tone_within_one", source, abs(TONES.index(found) - TONES.index(asked)) <= 1)
+    report: dict[str, Any] = {"num_pictures": len(wanted), "chance": 1 / num_candidates}
     for measure, by_source in verdicts.items():
         report[measure] = {source: estimate_mean(values).to_dict() for source, values in by_source.items()}
     return report
+
+
+def _hash(seed: int, name: str) -> bytes:
+    return hashlib.sha256(f"{seed}/{name}".encode()).digest()

@@ -19,10 +19,10 @@ from rich.table import Table
 from torch import Tensor
 
 from openemu3.data.samples import read_samples
-from openemu3.evaluation.classifiers import embed_pictures, train_classifier
-from openemu3.evaluation.image_generation import Judges, RealPictures, draw_samples, score_drawings
+from openemu3.evaluation.classifiers import train_classifier
+from openemu3.evaluation.image_generation import Judges, draw_samples, score_drawings
 from openemu3.evaluation.intervals import Estimate
-from openemu3.evaluation.reconstruction import Progress, ReconstructionScores
+from openemu3.evaluation.reconstruction import Progress, ReconstructionScores, RunningMean
 from openemu3.evaluation.understanding import CaptionParser, describe_pictures, score_descriptions, stack_pictures
 from openemu3.evaluation.video_generation import score_continuations
 from openemu3.generation.tasks import Emu3, Film
@@ -65,7 +65,7 @@ def run_report(emu3: Emu3, config: ReportConfig, progress: Progress | None = Non
     Raises InputError for missing samples or weights, and for samples without the attributes concept, style and tone.
     """
     begun = time.monotonic()
-    lpips = LPIPS("alex")
+    lpips, judge = LPIPS("alex"), LPIPS("vgg")
     samples, pixels = read_pictures(config.samples / IMAGES_FILE)
     sets = choose_sets(samples, config)
     stages = _Stages(progress, total=3 + 2 * len(sets))
@@ -76,11 +76,10 @@ def run_report(emu3: Emu3, config: ReportConfig, progress: Progress | None = Non
     stages.begin("reconstruction")
     clips = list(read_samples(config.samples / VIDEOS_FILE, splits=("heldout_video",)))
     windows, names = read_windows(clips, emu3.defaults.fps, emu3.defaults.clip_frames)
-    report["reconstruction"] = score_reconstructions(emu3, samples, pixels, windows, lpips)
+    report["reconstruction"] = score_reconstructions(emu3, samples, pixels, windows, lpips, judge)
 
     stages.begin("training the classifiers")
-    judges = train_judges(samples, pixels, lpips, config.classifier_steps, config.seed)
-    real = RealPictures(samples, pixels, embed_pictures(lpips, pixels))
+    judges = train_judges(samples, pixels, judge, config.classifier_steps, config.seed)
     parser = CaptionParser([*samples, *clips])
     report["text_to_picture"], report["picture_to_text"] = {}, {}
     for name, indices in sets.items():
@@ -88,7 +87,9 @@ def run_report(emu3: Emu3, config: ReportConfig, progress: Progress | None = Non
         stages.begin(f"drawing: {name}")
         drawn = draw_samples(emu3, wanted, config.language, config.seed)
         rebuilt = reconstruct(emu3, shown)
-        report["text_to_picture"][name] = score_drawings(drawn, rebuilt, wanted, real, judges, config.num_candidates, config.seed)
+        report["text_to_picture"][name] = score_drawings(
+            drawn, rebuilt, indices, samples, pixels, judges, config.num_candidates, config.seed
+        )
         if config.sheets is not None:
             write_sheet(config.sheets / f"{name.replace(' ', '_')}.png", shown, drawn)
         stages.begin(f"describing: {name}")
@@ -147,17 +148,24 @@ def train_judges(samples: Sequence[Sample], pixels: Tensor, lpips: LPIPS, num_st
 
 
 @torch.inference_mode()
-def score_reconstructions(emu3: Emu3, samples: Sequence[Sample], pixels: Tensor, windows: Tensor, lpips: LPIPS) -> dict[str, Any]:
-    """PSNR, SSIM and LPIPS of the vision tokenizer on every held-out picture, as many seen ones, and held-out clips frame by frame."""
+def score_reconstructions(
+    emu3: Emu3, samples: Sequence[Sample], pixels: Tensor, windows: Tensor, lpips: LPIPS, lpips_vgg: LPIPS
+) -> dict[str, Any]:
+    """PSNR, SSIM and LPIPS of the vision tokenizer on every held-out picture, as many seen ones, and held-out clips frame by frame.
+
+    Pictures get LPIPS by both networks: a tokenizer that was trained with one of them looks better to it than it should.
+    """
     held_out = [index for index, sample in enumerate(samples) if sample.split != "train"]
     seen = [index for index, sample in enumerate(samples) if sample.split == "train"]
     seen = seen[:: max(1, len(seen) // len(held_out))]
     report = {}
     for name, indices in (("held-out pictures", held_out), ("seen pictures", seen)):
-        scores = ReconstructionScores(lpips)
+        scores, by_vgg = ReconstructionScores(lpips), RunningMean()
         for part in torch.tensor(indices).split(32):
-            scores.add(pixels[part], reconstruct(emu3, pixels[part]))
-        report[name] = scores.summarize()
+            rebuilt = reconstruct(emu3, pixels[part])
+            scores.add(pixels[part], rebuilt)
+            by_vgg.add(lpips_vgg(pixels[part], rebuilt))
+        report[name] = scores.summarize() | {"lpips_vgg": by_vgg.summarize()}
     scores = ReconstructionScores(lpips)
     for clip in windows:
         scores.add(clip.transpose(0, 1), reconstruct_clip(emu3, clip).transpose(0, 1))
@@ -259,9 +267,10 @@ def _lay_out(clips: Tensor) -> Tensor:
 
 def build_report_tables(report: dict[str, Any]) -> list[Table]:
     """The report for the terminal: shares in percent, with their intervals."""
-    reconstruction = Table("", "PSNR dB ↑", "SSIM ↑", "LPIPS ↓", title="vision tokenizer: reconstruction")
+    reconstruction = Table("", "PSNR dB ↑", "SSIM ↑", "LPIPS Alex ↓", "LPIPS VGG ↓", title="vision tokenizer: reconstruction")
     for name, scores in report["reconstruction"].items():
-        reconstruction.add_row(name, *(f"{scores[key]['mean']:.{digits}f}" for key, digits in (("psnr", 2), ("ssim", 3), ("lpips", 3))))
+        measures = (("psnr", 2), ("ssim", 3), ("lpips", 3), ("lpips_vgg", 3))
+        reconstruction.add_row(name, *(f"{scores[key]['mean']:.{digits}f}" if key in scores else "-" for key, digits in measures))
     drawing = Table(
         "sentence → picture",
         "pictures",
