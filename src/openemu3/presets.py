@@ -5,14 +5,21 @@ The surprising thing: a preset is a value, not a mode. Whatever it says can be c
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable, Sequence
 from pathlib import Path
+
+from PIL import Image
 
 from openemu3.data.clips import PixelBatchesConfig
 from openemu3.data.documents import DocumentBatchesConfig
-from openemu3.generation.tasks import TaskDefaults
-from openemu3.model.transformer import TransformerConfig
+from openemu3.generation.tasks import Emu3, TaskDefaults
+from openemu3.media import from_pil, write_image
+from openemu3.model.transformer import Transformer, TransformerConfig
+from openemu3.records import InputError
 from openemu3.tokenization.encode import EncodeConfig
 from openemu3.tokenization.vision import MINI_VISION_TOKENIZER
+from openemu3.training.export import load_tokenizers
 from openemu3.training.language_learner import LanguageLearnerConfig, RoleWeights
 from openemu3.training.optimizer import OptimizerConfig
 from openemu3.training.stages import LanguageRun, VisionTokenizerRun
@@ -35,6 +42,16 @@ MINI_TRANSFORMER = TransformerConfig(
     max_positions=1024,
 )
 MINI_IMAGE_AREA = 64 * 64
+MINI_PROMPTS = (  # what a language run draws again and again, so that progress can be seen
+    "3D red apple",
+    "flat red apple",
+    "3D panda",
+    "flat automobile",
+    "3D waving hand, dark skin tone",
+    "3D grinning face",
+    "立体 枫叶",
+    "扁平 臭鼬",
+)
 MINI_ENCODE = EncodeConfig()
 MINI_DEFAULTS = TaskDefaults(
     prompt_suffix="",
@@ -67,7 +84,7 @@ def build_mini_vision_run(samples: tuple[Path, ...], folder: Path, num_steps: in
             ),
             lpips_net="alex",
             lpips_weight=0.2,
-            continuous_steps=100,
+            continuous_steps=min(100, num_steps // 10),
             restart_every=50,
             restart_until=num_steps * 3 // 4,
             adversarial_start=num_steps + 1,
@@ -75,6 +92,34 @@ def build_mini_vision_run(samples: tuple[Path, ...], folder: Path, num_steps: in
             autocast_bf16=True,
         ),
         batches=PixelBatchesConfig(images_per_batch=16, video_every=4, max_shift=3),
+    )
+
+
+def build_mini_decoder_run(samples: tuple[Path, ...], folder: Path, init_from: Path, num_steps: int = 1000) -> VisionTokenizerRun:
+    """The decoder of a trained tokenizer alone, codes frozen: sharper pictures while documents stay valid; the adversary joins late."""
+    return VisionTokenizerRun(
+        samples=samples,
+        trainer=TrainerConfig(folder, num_steps, validate_every=100, sample_every=100, save_every=50),
+        max_validation=64,
+        tokenizer=MINI_VISION_TOKENIZER,
+        init_from=init_from,
+        learner=VisionLearnerConfig(
+            optimizer=OptimizerConfig(
+                8e-4, num_steps, min(30, num_steps), final_share=0.02, betas=(0.9, 0.95), weight_decay=0.0, max_grad_norm=1.0
+            ),
+            discriminator_optimizer=OptimizerConfig(
+                2e-4, num_steps, min(30, num_steps), schedule="constant", betas=(0.5, 0.9), weight_decay=0.0, max_grad_norm=1.0
+            ),
+            discriminator_channels=32,
+            lpips_net="alex",
+            lpips_weight=0.3,
+            restart_every=0,
+            adversarial_start=num_steps * 2 // 5,
+            ema_decay=0.99,
+            autocast_bf16=True,
+            freeze_codes=True,
+        ),
+        batches=PixelBatchesConfig(images_per_batch=16, video_every=5, max_shift=3, seed=7),
     )
 
 
@@ -97,3 +142,28 @@ def build_mini_language_run(tokenizers: Path, documents: tuple[Path, ...], folde
             tokens_per_batch=4096, mixture={"draw": 1.0, "describe": 0.25, "film": 0.4, "describe_video": 0.05}, null_prompt_share=0.03
         ),
     )
+
+
+def build_sheet_drawer(
+    tokenizers: Path, prompts: Sequence[str], defaults: TaskDefaults, image_area: int, device: str = "cpu", seed: int = 0
+) -> Callable[[Transformer, Path, int], None]:
+    """What a language run shows of itself: a picture of every prompt, in rows from the top left, as one PNG `step-00000250.png`.
+
+    Returns the `sample` of `LanguageRun.run`. tokenizers: folder with both, as `export_tokenizers` writes it.
+    """
+    if not prompts or not all(prompt.strip() for prompt in prompts):
+        raise InputError(f"prompts are {list(prompts)}; at least one is needed, and none may be empty")
+    vision_tokenizer, sequence_format = load_tokenizers(tokenizers, device)
+
+    def draw_sheet(transformer: Transformer, folder: Path, step: int) -> None:
+        emu3 = Emu3(transformer, vision_tokenizer, sequence_format.text_tokenizer, sequence_format.vocabulary, defaults, image_area)
+        pictures = [drawn[0] for drawn in emu3.draw(list(prompts), seed=seed)]
+        width, height = pictures[0].size
+        num_columns = math.ceil(math.sqrt(len(pictures)))
+        sheet = Image.new("RGB", (num_columns * width, math.ceil(len(pictures) / num_columns) * height), "white")
+        for index, picture in enumerate(pictures):
+            sheet.paste(picture, (index % num_columns * width, index // num_columns * height))
+        folder.mkdir(parents=True, exist_ok=True)
+        write_image(folder / f"step-{step:08d}.png", from_pil(sheet))
+
+    return draw_sheet

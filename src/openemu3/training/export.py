@@ -63,7 +63,10 @@ def export_model(
     generation.tasks.TaskDefaults), kept under that key of config.json. Raises InputError where the parts do not fit together.
     """
     if config is None:
-        config = TransformerConfig(**read_description(run, "language")["transformer"])
+        description = read_description(run, "language")
+        config = TransformerConfig(**description["transformer"])
+        if description["fingerprint"] != compute_fingerprint(tokenizers):
+            raise InputError(f"{run} was trained on documents of other tokenizers than those in {tokenizers}")
     vision, vocabulary = read_config(tokenizers), read_vocabulary(tokenizers)
     if vocabulary.size != config.vocab_size:
         raise InputError(f"{run} has a vocabulary of {config.vocab_size}; the tokenizers in {tokenizers} have {vocabulary.size}")

@@ -159,7 +159,8 @@ class LanguageRun:
         transformer = build_transformer(self.transformer, torch.Generator(self.device).manual_seed(self.seed))
         learner = LanguageLearner(transformer, self.learner, lambda: read_in_order(held_out, self.max_validation, vocabulary.pad), sample)
         batches = DocumentBatches(table, self.batches, vocabulary.pad)
-        trainer = Trainer(self.trainer, learner, batches, describe_run("language", self))
+        # The fingerprint lets exporting refuse other tokenizers than those that the documents were written with.
+        trainer = Trainer(self.trainer, learner, batches, describe_run("language", self) | {"fingerprint": fingerprint})
         trainer.run()
         return trainer
 
