@@ -14,9 +14,9 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, Protocol
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Protocol, TypeVar
 
 import tyro
 from tyro.conf import Positional, arg, subcommand
@@ -25,7 +25,12 @@ from openemu3 import __version__
 from openemu3.records import InputError
 
 if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+
     from openemu3.generation.tasks import Emu3
+    from openemu3.training.trainer import Trainer
+
+    Config = TypeVar("Config", bound=DataclassInstance)
 
 # --seed, not --drawing.seed; --json without --no-json; --height INT, not {None}|INT; PROMPT, not STR.
 TYRO_MARKERS = (
@@ -60,7 +65,7 @@ class ModelOptions:
     """Folder with the weights, as published or ours, or "mini", the small one that is part of this package."""
     tokenizer: Path | None = None
     """Folder of the vision tokenizer, where it is not in the model's (the published Emu3-VisionTokenizer)."""
-    device: Literal["auto", "cpu", "cuda"] = "auto"
+    device: Device = "auto"
     """Where to compute: auto takes the GPU if there is one."""
     dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
     """Number format of the language model; the vision tokenizer is always float32."""
@@ -71,10 +76,8 @@ class ModelOptions:
 
             from openemu3.generation.tasks import Emu3
 
-            if self.device == "cuda" and not torch.cuda.is_available():
-                raise InputError("device is cuda, but torch finds no GPU here; allowed are auto and cpu")
-            device = None if self.device == "auto" else self.device
-            return Emu3.load(self.model, tokenizer_folder=self.tokenizer, device=device, dtype=getattr(torch, self.dtype))
+            device, dtype = choose_device(self.device), getattr(torch, self.dtype)
+            return Emu3.load(self.model, tokenizer_folder=self.tokenizer, device=device, dtype=dtype)
 
 
 @dataclass(frozen=True)
@@ -125,8 +128,20 @@ class TextOptions:
     """The same seed gives the same answer."""
 
 
+Device = Literal["auto", "cpu", "cuda"]
 Json = Annotated[bool, arg(name="json", help="Print one JSON object instead of text.")]
 Files = tuple[Path, ...]
+
+
+def choose_device(device: Device) -> str:
+    """The device that is meant, in torch's words. Raises InputError for a GPU that is not there."""
+    import torch
+
+    if device == "cuda" and not torch.cuda.is_available():
+        raise InputError("device is cuda, but torch finds no GPU here; allowed are auto and cpu")
+    if device == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    return device
 
 
 @contextmanager
@@ -522,6 +537,296 @@ def _print_tables(as_json: bool, report: dict[str, Any], tables: Sequence[Any]) 
         console.print(table)
 
 
+# ------------------------------------------------------------------------------------------------------------------ tokenize, train, export
+
+
+@dataclass(frozen=True)
+class Tokenize:
+    """Turn samples (pictures and clips with captions) into token documents, which a language model learns from.
+
+    Each caption gives documents in both orders: caption before medium, to draw or film, and medium before caption, to describe.
+    """
+
+    samples: Positional[Files]
+    """Parquet files of samples, at least one."""
+    tokenizers: Path
+    """Folder with the vision tokenizer and the text vocabulary, as `emu3 export tokenizers` writes it."""
+    output: Path
+    """File of documents to write, .parquet."""
+    languages: tuple[str, ...] = ("en", "zh")
+    """Captions to use, by their language."""
+    batch_size: int = 16
+    """Pictures that are encoded together."""
+    clip_frames: int = 16
+    """Frames of one document of a film; a longer film gives several."""
+    clip_stride: int = 8
+    """Frames between the starts of two of them."""
+    device: Device = "auto"
+    """Where to compute: auto takes the GPU if there is one."""
+    json: Json = False
+
+    def run(self) -> None:
+        from collections import Counter
+        from itertools import chain
+
+        from openemu3.data.documents import write_documents
+        from openemu3.data.samples import read_columns, read_samples
+        from openemu3.records import Sample
+        from openemu3.tokenization.encode import EncodeConfig, EncodedDocument, encode_samples
+        from openemu3.training.export import compute_fingerprint, load_tokenizers
+
+        config = EncodeConfig(self.languages, self.batch_size, self.clip_frames, self.clip_stride)
+        _check_files("samples", self.samples)
+        check_outputs([self.output], [".parquet"])
+        began = time.monotonic()
+        num_samples = sum(1 for path in self.samples for _ in read_columns(path, ["id"]))
+        vision_tokenizer, sequence_format = load_tokenizers(self.tokenizers, choose_device(self.device))
+        counts: Counter[str] = Counter()
+        with show_progress("tokenizing") as move:
+
+            def read() -> Iterator[Sample]:
+                for number, sample in enumerate(chain.from_iterable(map(read_samples, self.samples)), 1):
+                    yield sample
+                    move(number, num_samples, f"{counts.total():,} documents")
+
+            def count(documents: Iterator[EncodedDocument]) -> Iterator[EncodedDocument]:
+                for document in documents:
+                    counts[document.source] += 1
+                    yield document
+
+            documents = count(encode_samples(read(), vision_tokenizer, sequence_format, config))
+            number = write_documents(self.output, documents, compute_fingerprint(self.tokenizers))
+        sources = ", ".join(f"{count:,} {source}" for source, count in counts.items())
+        answer = {"file": str(self.output), "documents": number, "samples": num_samples, "sources": dict(counts)}
+        text = f"{self.output}: {number:,} documents of {num_samples:,} samples ({sources})"
+        print_answer(self.json, text, answer | {"seconds": round(time.monotonic() - began, 3)})
+
+
+@dataclass(frozen=True)
+class TrainVisionTokenizer:
+    """Train a vision tokenizer on pictures and clips. A run that was stopped goes on when the same command is given again."""
+
+    samples: Positional[Files]
+    """Parquet files of samples, all of one size in pixels."""
+    output: Path
+    """Run folder: checkpoints, metrics.jsonl, TensorBoard files, and pictures to look at."""
+    preset: Literal["mini", "mini-decoder"] = "mini"
+    """What to train and how. mini-decoder: the decoder alone, codes frozen, of the run that --init-from names."""
+    num_steps: int | None = None
+    """How long; the learning rate's schedule stretches with it. Otherwise as the preset says, like what follows."""
+    learning_rate: float | None = None
+    """Highest learning rate."""
+    images_per_batch: int | None = None
+    """Pictures in a batch of pictures."""
+    clips_per_batch: int | None = None
+    """Clips in a batch of clips."""
+    video_every: int | None = None
+    """Every n-th batch is one of clips; 0 for pictures alone."""
+    init_from: Path | None = None
+    """Run folder whose averaged weights this run begins with; otherwise it begins with nothing."""
+    validation_split: str | None = None
+    """Samples to measure on; those of the split "train" are learnt."""
+    max_validation: int | None = None
+    """Pictures to measure on, at most; and an eighth as many clips."""
+    validate_every: int | None = None
+    """Steps between two measurements, after which reconstructions are drawn, too."""
+    save_every: int | None = None
+    """Steps between two checkpoints."""
+    seed: int = 0
+    """The same seed gives the same weights."""
+    device: Device = "auto"
+    """Where to compute: auto takes the GPU if there is one."""
+    json: Json = False
+
+    def run(self) -> None:
+        from openemu3 import presets
+
+        _check_files("samples", self.samples)
+        steps = {} if self.num_steps is None else {"num_steps": self.num_steps}
+        if self.preset == "mini":
+            plan = replace(presets.build_mini_vision_run(self.samples, self.output, **steps), init_from=self.init_from)
+        elif self.init_from is None:
+            raise InputError("init-from is missing; the preset mini-decoder goes on from another run, whose folder it names")
+        else:
+            plan = presets.build_mini_decoder_run(self.samples, self.output, self.init_from, **steps)
+        batches = {"images_per_batch": self.images_per_batch, "clips_per_batch": self.clips_per_batch, "video_every": self.video_every}
+        plan = replace(
+            plan,
+            trainer=_change(plan.trainer, seed=self.seed, **_list_cadences(self.validate_every, self.save_every)),
+            learner=_change(plan.learner, seed=self.seed, optimizer=_change(plan.learner.optimizer, learning_rate=self.learning_rate)),
+            batches=_change(plan.batches, seed=plan.batches.seed + self.seed, **batches),
+            seed=self.seed,
+            device=choose_device(self.device),
+        )
+        plan = _change(plan, validation_split=self.validation_split, max_validation=self.max_validation)
+        _report_training(self.json, self.output, plan.run)
+
+
+@dataclass(frozen=True)
+class TrainLanguage:
+    """Train a language model on token documents. A run that was stopped goes on when the same command is given again."""
+
+    documents: Positional[Files]
+    """Parquet files of documents, as `emu3 tokenize` writes them."""
+    tokenizers: Path
+    """Folder of the tokenizers that the documents were written with."""
+    output: Path
+    """Run folder: checkpoints, metrics.jsonl, TensorBoard files, and sheets of drawn pictures."""
+    preset: Literal["mini"] = "mini"
+    """What to train and how."""
+    num_steps: int | None = None
+    """How long; the learning rate's schedule stretches with it. Otherwise as the preset says, like what follows."""
+    learning_rate: float | None = None
+    """Highest learning rate."""
+    tokens_per_batch: int | None = None
+    """Tokens of one batch, padding included."""
+    micro_batches: int | None = None
+    """Batches that make one step together."""
+    mixture: dict[str, float] = field(default_factory=dict)
+    """How often a document of each source is seen in an epoch, in pairs such as draw 1 describe 0.25; 1 for a source that is not named."""
+    null_prompt_share: float | None = None
+    """Part of the drawings and films whose caption is left out, for guidance."""
+    prompts: tuple[str, ...] = ()
+    """What to draw after every measurement, one sentence or several."""
+    validation_split: str | None = None
+    """Documents to measure on; those of the split "train" are learnt."""
+    max_validation: int | None = None
+    """Documents to measure on, at most."""
+    validate_every: int | None = None
+    """Steps between two measurements, after which pictures are drawn, too."""
+    save_every: int | None = None
+    """Steps between two checkpoints."""
+    seed: int = 0
+    """The same seed gives the same weights."""
+    device: Device = "auto"
+    """Where to compute: auto takes the GPU if there is one."""
+    json: Json = False
+
+    def run(self) -> None:
+        from openemu3 import presets
+
+        _check_files("documents", self.documents)
+        steps = {} if self.num_steps is None else {"num_steps": self.num_steps}
+        plan = presets.build_mini_language_run(self.tokenizers, self.documents, self.output, **steps)
+        batches = {"tokens_per_batch": self.tokens_per_batch, "mixture": self.mixture or None, "null_prompt_share": self.null_prompt_share}
+        cadences = _list_cadences(self.validate_every, self.save_every)
+        plan = replace(
+            plan,
+            trainer=_change(plan.trainer, seed=self.seed, micro_batches=self.micro_batches, **cadences),
+            learner=_change(plan.learner, optimizer=_change(plan.learner.optimizer, learning_rate=self.learning_rate)),
+            batches=_change(plan.batches, seed=self.seed, **batches),
+            seed=self.seed,
+            device=choose_device(self.device),
+        )
+        plan = _change(plan, validation_split=self.validation_split, max_validation=self.max_validation)
+        prompts = self.prompts or presets.MINI_PROMPTS
+        draw = presets.build_sheet_drawer(self.tokenizers, prompts, presets.MINI_DEFAULTS, presets.MINI_IMAGE_AREA, plan.device, self.seed)
+        _report_training(self.json, self.output, lambda: plan.run(draw))
+
+
+@dataclass(frozen=True)
+class Train:
+    """Train a vision tokenizer, or a language model on what it makes of pictures."""
+
+    what: Annotated[TrainVisionTokenizer, subcommand("vision-tokenizer")] | Annotated[TrainLanguage, subcommand("language")]
+
+    def run(self) -> None:
+        self.what.run()
+
+
+@dataclass(frozen=True)
+class ExportTokenizers:
+    """Write a folder with the trained vision tokenizer and the text vocabulary: what `emu3 tokenize` needs."""
+
+    run_folder: Positional[Path]
+    """Run folder of `emu3 train vision-tokenizer`; its newest checkpoint is taken."""
+    text: Path
+    """Ranks file of the text vocabulary, .tiktoken."""
+    output: Path
+    """Folder to write."""
+    preset: Literal["mini"] = "mini"
+    """What the run is, if its folder has no run.json that says so."""
+    json: Json = False
+
+    def run(self) -> None:
+        from openemu3 import presets
+        from openemu3.training.export import DESCRIPTION_FILE, export_tokenizers
+
+        described = (self.run_folder / DESCRIPTION_FILE).exists()
+        export_tokenizers(self.run_folder, None if described else presets.MINI_VISION_TOKENIZER, self.text, self.output)
+        _report_folder(self.json, self.output)
+
+
+@dataclass(frozen=True)
+class ExportModel:
+    """Write a folder with the whole model, which every other command takes as --model."""
+
+    run_folder: Positional[Path]
+    """Run folder of `emu3 train language`; its newest checkpoint is taken."""
+    tokenizers: Path
+    """Folder of the tokenizers, as `emu3 export tokenizers` writes it; the vision decoder may have been trained on since."""
+    output: Path
+    """Folder to write."""
+    preset: Literal["mini"] = "mini"
+    """The size of its pictures and how it wants to be asked; and what the run is, if its folder has no run.json that says so."""
+    json: Json = False
+
+    def run(self) -> None:
+        from openemu3 import presets
+        from openemu3.training.export import DESCRIPTION_FILE, export_model
+
+        config = None if (self.run_folder / DESCRIPTION_FILE).exists() else presets.MINI_TRANSFORMER
+        generation = asdict(presets.MINI_DEFAULTS)
+        export_model(self.run_folder, config, self.tokenizers, self.output, presets.MINI_IMAGE_AREA, generation)
+        _report_folder(self.json, self.output)
+
+
+@dataclass(frozen=True)
+class Export:
+    """Write what was trained as a folder to use."""
+
+    what: Annotated[ExportTokenizers, subcommand("tokenizers")] | Annotated[ExportModel, subcommand("model")]
+
+    def run(self) -> None:
+        self.what.run()
+
+
+def _check_files(name: str, paths: Sequence[Path]) -> None:
+    if not paths:
+        raise InputError(f"no file of {name} was given; at least one is needed")
+
+
+def _change(config: Config, **changes: Any) -> Config:
+    """The configuration with those fields changed that are not None."""
+    return replace(config, **{name: value for name, value in changes.items() if value is not None})
+
+
+def _list_cadences(validate_every: int | None, save_every: int | None) -> dict[str, int | None]:
+    return {"validate_every": validate_every, "sample_every": validate_every, "save_every": save_every}
+
+
+def _report_training(as_json: bool, folder: Path, train: Callable[[], Trainer]) -> None:
+    """Train, and say where it ended. A run that was stopped raises KeyboardInterrupt: what follows it in a script must not begin."""
+    began = time.monotonic()
+    trainer = train()
+    steps = trainer.config.num_steps
+    if not trainer.is_complete:
+        print(f"{folder}: saved at step {trainer.step} of {steps}; the same command goes on from there", file=sys.stderr)
+        raise KeyboardInterrupt
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    measured = {name: value for name, value in rows[-1].items() if name.startswith("validation/")}
+    numbers = ", ".join(f"{name.removeprefix('validation/')} {value}" for name, value in measured.items())
+    answer = {"folder": str(folder), "steps": trainer.step, **measured, "seconds": round(time.monotonic() - began, 3)}
+    print_answer(as_json, f"{folder}: {trainer.step} steps; held out: {numbers}", answer)
+
+
+def _report_folder(as_json: bool, folder: Path) -> None:
+    """Says what a folder holds."""
+    sizes = {path.name: path.stat().st_size for path in sorted(folder.iterdir())}
+    text = f"{folder}: " + ", ".join(f"{name} {size / 1e6:.2f} MB" for name, size in sizes.items())
+    print_answer(as_json, text, {"folder": str(folder), "files": sizes})
+
+
 # ---------------------------------------------------------------------------------------------------------------------------------- main
 
 COMMANDS: dict[str, Callable[..., Command]] = {
@@ -531,6 +836,9 @@ COMMANDS: dict[str, Callable[..., Command]] = {
     "chat": Chat,
     "evaluate": Evaluate,
     "demo": Demo,
+    "tokenize": Tokenize,
+    "train": Train,
+    "export": Export,
 }
 
 
