@@ -81,3 +81,13 @@ def small_format() -> SequenceFormat:
     """The format with a vocabulary of 300 text ids and 64 codes, trained here; "fps" takes several ids in it."""
     texts = ["a red apple on a table", "the smiling cat", "ein Haus am See", "一个红苹果", "smiling face with heart eyes"] * 3
     return SequenceFormat(TextTokenizer.from_bytes(train_text_tokenizer(texts, 300)), Vocabulary(num_text=300, num_codes=64))
+
+
+@pytest.fixture(scope="session")
+def lpips_weights() -> Path:
+    """The folder with lpips_vgg.safetensors and lpips_alex.safetensors, fetched once into the ignored .cache/ folder."""
+    folder = CACHE / "weights"
+    if not all((folder / f"lpips_{net}.safetensors").is_file() for net in ("vgg", "alex")):
+        script = Path(__file__).parents[1] / "recipes" / "fetch_weights.py"
+        subprocess.run([sys.executable, str(script), "--cache", str(folder), "--only", "lpips"], check=True, capture_output=True)
+    return folder

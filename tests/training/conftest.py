@@ -1,7 +1,5 @@
 """A training in small: pictures and clips of 32 x 32, tokenizers of 4,000 weights, documents, and the real weights of LPIPS."""
 
-import subprocess
-import sys
 from io import BytesIO
 from pathlib import Path
 
@@ -22,20 +20,9 @@ from openemu3.training.checkpoint import add_prefix, save_checkpoint
 from openemu3.training.export import compute_fingerprint, export_tokenizers, load_tokenizers
 from openemu3.training.stages import init_vision_tokenizer
 
-ROOT = Path(__file__).parents[2]
 SIDE, NUM_TEXT, NUM_CODES = 32, 300, 64
 COLOURS = {"red": "红", "green": "绿", "blue": "蓝", "black": "黑"}
 SHAPES = {"disc": "圆", "square": "方", "cross": "叉"}
-
-
-@pytest.fixture(scope="session")
-def lpips_weights() -> Path:
-    """The folder with lpips_vgg.safetensors and lpips_alex.safetensors, fetched once."""
-    folder = ROOT / ".cache" / "weights"
-    if not all((folder / f"lpips_{net}.safetensors").is_file() for net in ("vgg", "alex")):
-        command = [sys.executable, str(ROOT / "recipes" / "fetch_weights.py"), "--cache", str(folder), "--only", "lpips"]
-        subprocess.run(command, check=True, capture_output=True)
-    return folder
 
 
 @pytest.fixture(autouse=True)
