@@ -291,3 +291,17 @@ def test_an_epoch_may_be_empty_by_chance(documents, tmp_path):
     found = list(islice(batches(0), 3))
     assert name_rows(table, found) == [0, 0, 0]
     assert name_rows(table, islice(batches(2), 1)) == [0]
+
+
+def test_described_codes_are_no_targets_when_asked(table):
+    both = [list(islice(make_batches(table, learn_described_codes=learn)(0), 20)) for learn in (True, False)]
+    changed = 0
+    for kept, dropped in zip(*both, strict=True):
+        assert kept.token_ids.equal(dropped.token_ids)
+        differs = kept.roles != dropped.roles
+        assert (kept.roles[differs] == Role.VISION).all() and (dropped.roles[differs] == Role.PADDING).all()
+        for before, after in zip(kept.roles, dropped.roles, strict=True):
+            describes = bool((before == Role.TEXT_TARGET).any())
+            assert bool((after == Role.VISION).any()) is not describes
+            changed += describes
+    assert changed

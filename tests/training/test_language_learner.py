@@ -12,7 +12,7 @@ from openemu3.data.documents import DocumentTable, LanguageBatch, pad_documents
 from openemu3.model.attention import CausalAttention
 from openemu3.model.transformer import build_transformer
 from openemu3.tokenization.sequence import Role
-from openemu3.training.language_learner import LanguageLearner, LanguageLearnerConfig, RoleWeights
+from openemu3.training.language_learner import LanguageLearner, LanguageLearnerConfig, RoleWeights, replace_codes
 from openemu3.training.optimizer import OptimizerConfig
 
 WEIGHTS = RoleWeights(text_context=0.25, text_target=2.0, vision=0.5, structure=1.0)
@@ -170,3 +170,27 @@ def test_state_comes_back(transformer_config, table):
     other.learn(1, [choose(table, 1)])
     assert all(a.equal(b) for a, b in zip(list_weights(one), list_weights(other), strict=True))
     assert np.isfinite(one.learn(2, [choose(table, 2)])["loss"])
+
+
+def test_noise_replaces_a_share_of_the_codes_and_nothing_else():
+    ids = torch.arange(4000).reshape(4, 1000)
+    is_code = (ids % 4) != 0
+    noisy = replace_codes(ids, is_code, 0.25, torch.Generator().manual_seed(1))
+    assert noisy[~is_code].equal(ids[~is_code])
+    assert set(noisy[is_code].tolist()) <= set(ids[is_code].tolist())  # codes of the batch, none invented
+    assert (noisy != ids)[is_code].float().mean().item() == pytest.approx(0.25, abs=0.03)
+    assert noisy.equal(replace_codes(ids, is_code, 0.25, torch.Generator().manual_seed(1)))
+    assert replace_codes(ids, torch.zeros_like(is_code), 0.25, torch.Generator()).equal(ids)
+
+
+def test_noise_is_read_but_never_a_target(transformer_config, table):
+    """With noise the loss of a step differs, the weights of its targets do not, and a repeated step is the same."""
+    batch = choose(table, 0, 1, 5)
+    losses = {}
+    for noise in (0.0, 0.5, 0.5):
+        learner = make_learner(transformer_config)
+        object.__setattr__(learner.config, "vision_noise", noise)
+        losses.setdefault(noise, []).append(learner.learn(3, [batch])["loss"])
+    assert losses[0.5][0] == losses[0.5][1] != losses[0.0][0]
+    with pytest.raises(ValueError, match="vision_noise is 1"):
+        LanguageLearnerConfig(vision_noise=1.0)

@@ -151,6 +151,8 @@ class DocumentBatchesConfig:
     tokens_per_batch: int = 4096
     mixture: dict[str, float] = field(default_factory=dict)  # source -> how often a document of it is seen per epoch; default once
     null_prompt_share: float = 0.1  # of the generation documents
+    # Whether the codes of understanding documents are targets too, as in the paper's pre-training; its image-to-text stage ignores them.
+    learn_described_codes: bool = True
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -214,6 +216,8 @@ class DocumentBatches:
                 if draw < self.config.null_prompt_share:
                     kept = roles != Role.TEXT_CONTEXT
                     ids, roles = ids[kept], roles[kept]
+            elif not self.config.learn_described_codes:
+                roles = np.where(roles == Role.VISION, np.uint8(Role.PADDING), roles)  # no target, like padding
             rows.append((ids, roles))
         return pad_documents(rows, self.pad_id)
 
