@@ -5,7 +5,7 @@ The surprising thing: nothing here looks at what a model makes of them. The choi
 (symbols and flags left out, for nobody wants to see a page of arrows), so that the page shows how good the model is and not how
 long somebody searched. A film's row holds the still picture of its concept: the animations themselves are not ours to ship.
 
-    python recipes/mini/choose_demo_samples.py --data .cache/mini --output demo.parquet
+    python recipes/mini/choose_demo_samples.py --data .cache/mini_core --output demo.parquet
 """
 
 from __future__ import annotations
@@ -72,7 +72,11 @@ def choose_samples(images: Sequence[Sample], videos: Sequence[Sample], seed: int
     films += draw(2, lambda s: s.split == "heldout_video", videos)
 
     stills = {s.attributes["hexcode"]: s.media for s in images if s.attributes["style"] == "3D"}
-    drawn = [_mark(s, "draw", "zh" if index % CHINESE_EVERY == CHINESE_EVERY - 1 else "en") for index, s in enumerate(seen + unseen)]
+    drawn = [
+        # Half of the core's samples have no Chinese caption.
+        _mark(s, "draw", "zh" if index % CHINESE_EVERY == CHINESE_EVERY - 1 and "zh" in s.captions else "en")
+        for index, s in enumerate(seen + unseen)
+    ]
     filmed = [dataclasses.replace(_mark(s, "film", "en"), kind="image", media=stills[s.attributes["hexcode"]]) for s in films]
     return drawn + [_mark(s, "read", "en") for s in read] + filmed
 
