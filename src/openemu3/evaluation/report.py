@@ -76,7 +76,8 @@ def run_report(emu3: Emu3, config: ReportConfig, progress: Progress | None = Non
     stages.begin("reconstruction")
     clips = list(read_samples(config.samples / VIDEOS_FILE, splits=("heldout_video",)))
     windows, names = read_windows(clips, emu3.defaults.fps, emu3.defaults.clip_frames)
-    report["reconstruction"] = score_reconstructions(emu3, samples, pixels, windows, lpips, judge)
+    coded = torch.stack([reconstruct_clip(emu3, clip) for clip in windows])
+    report["reconstruction"] = score_reconstructions(emu3, samples, pixels, windows, coded, lpips, judge)
 
     stages.begin("training the classifiers")
     judges = train_judges(samples, pixels, judge, config.classifier_steps, config.seed)
@@ -97,7 +98,7 @@ def run_report(emu3: Emu3, config: ReportConfig, progress: Progress | None = Non
 
     stages.begin("continuing films")
     captions = {sample.id: sample.captions[config.language] for sample in clips}
-    predictions, actual = continue_windows(emu3, windows, [captions[name] for name in names], config.seed)
+    predictions, actual = continue_windows(emu3, windows, coded, [captions[name] for name in names], config.seed)
     report["continuation"] = score_continuations(predictions, actual, names, lpips)
     if config.sheets is not None:
         every_other = slice(1, None, 2)
@@ -149,11 +150,12 @@ def train_judges(samples: Sequence[Sample], pixels: Tensor, lpips: LPIPS, num_st
 
 @torch.inference_mode()
 def score_reconstructions(
-    emu3: Emu3, samples: Sequence[Sample], pixels: Tensor, windows: Tensor, lpips: LPIPS, lpips_vgg: LPIPS
+    emu3: Emu3, samples: Sequence[Sample], pixels: Tensor, windows: Tensor, coded: Tensor, lpips: LPIPS, lpips_vgg: LPIPS
 ) -> dict[str, Any]:
     """PSNR, SSIM and LPIPS of the vision tokenizer on every held-out picture, as many seen ones, and held-out clips frame by frame.
 
-    Pictures get LPIPS by both networks: a tokenizer that was trained with one of them looks better to it than it should.
+    windows, coded: clips [N, 3, T, H, W], and what the tokenizer made of them. Pictures get LPIPS by both networks: a tokenizer that
+    was trained with one of them looks better to it than it should.
     """
     held_out = [index for index, sample in enumerate(samples) if sample.split != "train"]
     seen = [index for index, sample in enumerate(samples) if sample.split == "train"]
@@ -167,14 +169,14 @@ def score_reconstructions(
             by_vgg.add(lpips_vgg(pixels[part], rebuilt))
         report[name] = scores.summarize() | {"lpips_vgg": by_vgg.summarize()}
     scores = ReconstructionScores(lpips)
-    for clip in windows:
-        scores.add(clip.transpose(0, 1), reconstruct_clip(emu3, clip).transpose(0, 1))
+    for clip, rebuilt in zip(windows, coded, strict=True):
+        scores.add(clip.transpose(0, 1), rebuilt.transpose(0, 1))
     return report | {"held-out clips": scores.summarize()}
 
 
 @torch.inference_mode()
-def continue_windows(emu3: Emu3, windows: Tensor, captions: Sequence[str], seed: int) -> tuple[dict[str, Tensor], Tensor]:
-    """Ways to go on after the first half of each window [N, 3, T, H, W], and the real second half.
+def continue_windows(emu3: Emu3, windows: Tensor, coded: Tensor, captions: Sequence[str], seed: int) -> tuple[dict[str, Tensor], Tensor]:
+    """Ways to go on after the first half of each window [N, 3, T, H, W], and the real second half; `coded` as in `score_reconstructions`.
 
     "model" is told the caption, "model, no words" is not; "repeat" holds the last frame, "repeat, coded" holds it as the tokenizer
     gives it back; "coded future" is the real second half through the tokenizer.
@@ -185,7 +187,6 @@ def continue_windows(emu3: Emu3, windows: Tensor, captions: Sequence[str], seed:
     seconds = half / emu3.defaults.fps
     told = emu3.continue_film(films, seconds, list(captions), seed=seed)
     untold = emu3.continue_film(films, seconds, "", seed=seed)
-    coded = torch.stack([reconstruct_clip(emu3, clip) for clip in windows])
     predictions = {
         "model": torch.stack([film.pixels[:, half:] for film in told]),
         "model, no words": torch.stack([film.pixels[:, half:] for film in untold]),
