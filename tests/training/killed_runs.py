@@ -53,7 +53,7 @@ def build_vision_run(data: Path, folder: Path) -> VisionTokenizerRun:
 
 
 def build_language_run(data: Path, folder: Path) -> LanguageRun:
-    """With dropout, two micro-batches a step and bf16."""
+    """With dropout, noise, two micro-batches a step and bf16."""
     return LanguageRun(
         tokenizers=data / "tokenizers",
         documents=(data / "documents.parquet",),
@@ -69,7 +69,7 @@ def build_language_run(data: Path, folder: Path) -> LanguageRun:
             max_positions=256,
         ),
         trainer=TrainerConfig(folder, num_steps=30, micro_batches=2, log_every=1, validate_every=7, save_every=3),
-        learner=LanguageLearnerConfig(OptimizerConfig(3e-3, 30, 3)),
+        learner=LanguageLearnerConfig(OptimizerConfig(3e-3, 30, 3), vision_noise=0.2),
         batches=DocumentBatchesConfig(tokens_per_batch=256, mixture={"draw": 1.5}),
         validation_split="heldout",
     )

@@ -59,20 +59,22 @@ class Killed(BaseException):
 
 
 def test_killed_at_any_moment_of_saving(tmp_path, monkeypatch):
-    """Every call that touches the disk, in turn, is the last one; before it dies, it has done half of its work or all of it."""
+    """Every call that touches the disk, in turn, is the last one; it dies before its work, in the middle of it, or after it."""
     calls: list[str] = []
-    deadly, does_its_work = -1, False
+    deadly, moment = -1, "before"
 
     def guard(name, real):
         def call(*arguments, **keywords):
             calls.append(name)
-            dies = len(calls) - 1 == deadly
-            if dies and not does_its_work:
-                raise Killed
-            result = real(*arguments, **keywords)
-            if dies:
-                raise Killed
-            return result
+            if len(calls) - 1 != deadly:
+                return real(*arguments, **keywords)
+            if moment == "after":
+                real(*arguments, **keywords)
+            elif moment == "amid" and name == "rmtree":
+                next(path for path in Path(arguments[0]).iterdir()).unlink()
+            elif moment == "amid" and name in ("save_file", "write_text"):
+                Path(arguments[name == "save_file"]).write_bytes(b"half")
+            raise Killed
 
         return call
 
@@ -90,9 +92,9 @@ def test_killed_at_any_moment_of_saving(tmp_path, monkeypatch):
     num_calls = len(calls)
     assert {"save_file", "fsync", "rmtree", "write_text", "rename", "mkdir"} == set(calls) and num_calls > 20
     seen = set()
-    for moment in itertools.product(range(num_calls), (False, True)):
-        deadly, does_its_work = moment
-        folder = tmp_path / f"{deadly}-{does_its_work}"
+    for death in itertools.product(range(num_calls), ("before", "amid", "after")):
+        deadly, moment = death
+        folder = tmp_path / f"{deadly}-{moment}"
         calls.clear()
         with pytest.raises(Killed):
             save_three(folder)
