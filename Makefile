@@ -50,7 +50,7 @@ $(STAMP)/dev: $(STAMP)/torch pyproject.toml
 	@touch $@ $(STAMP)/test $(STAMP)/run
 
 demo: $(STAMP)/run
-	@$(BIN)/emu3 demo --output $(DEMO_OUTPUT)
+	@OMP_NUM_THREADS=1 $(BIN)/emu3 demo --output $(DEMO_OUTPUT)  # one thread: the matrices are too small to share
 
 test: $(STAMP)/test
 	$(PYTEST) -m "not slow"

@@ -55,6 +55,7 @@ class Preparation:
         output: folder for the Parquet files.
         size: side of the square pictures, in pixels.
         fps: frames per second of the clips; it has to divide the sources' 24, and a frame has to last whole milliseconds.
+        max_samples: at most so many of each file, spread evenly over the pictures; of the clips, the first ones. None: all.
         min_motion: mean absolute difference of neighbouring frames (0 to 255) under which a clip counts as still.
         seed: of the splits.
         sizes: how much is held out.
@@ -65,6 +66,7 @@ class Preparation:
     output: Path = REPOSITORY / ".cache" / "mini"
     size: int = 64
     fps: Literal[1, 2, 4, 8] = 8
+    max_samples: int | None = None
     min_motion: float = 0.4
     seed: int = 0
     sizes: SplitSizes = field(default_factory=SplitSizes)
@@ -188,6 +190,8 @@ def collect_clips(preparation: Preparation, table: dict[str, Emoji], dropped: Co
                     dropped[f"animated: moves less than {preparation.min_motion}"] += 1
                     continue
                 clips[hexcode] = Clip(emoji, encode_clip(frames, preparation.fps), motion)
+                if len(clips) == preparation.max_samples:
+                    return [clips[hexcode] for hexcode in table if hexcode in clips]
     return [clips[hexcode] for hexcode in table if hexcode in clips]
 
 
@@ -278,15 +282,18 @@ def main(preparation: Preparation) -> None:
     stills = list_sources(preparation.packages, table, dropped)
     splits = split_pictures([source.key for source in stills], preparation.sizes, preparation.seed)
     written: list[Path] = []
+    limit = preparation.max_samples
+    if limit is not None and limit < 1:
+        raise InputError(f"max-samples is {limit}; it must be at least 1")
 
     def write(name: str, samples: Iterator[Sample]) -> None:
         written.append(preparation.output / name)
         write_samples(written[-1], samples)
 
     if "images" in preparation.outputs:
-        write(IMAGES_FILE, prepare_pictures(preparation, [source for source in stills if is_main(source)], splits, "pictures"))
+        write(IMAGES_FILE, prepare_pictures(preparation, thin([s for s in stills if is_main(s)], limit), splits, "pictures"))
     if "extra" in preparation.outputs:
-        rest = [source for source in stills if not is_main(source)]
+        rest = thin([source for source in stills if not is_main(source)], limit)
         write(EXTRA_FILE, prepare_pictures(preparation, rest, splits, "more styles"))
     if "videos" in preparation.outputs:
         clips = collect_clips(preparation, table, dropped)
@@ -296,6 +303,11 @@ def main(preparation: Preparation) -> None:
         show_counts(path)
     for reason, number in sorted(dropped.items()):
         print(f"left out, {reason}: {number}")
+
+
+def thin(sources: list[Source], number: int | None) -> list[Source]:
+    """At most `number` of them, spread evenly; all where it is None."""
+    return sources if number is None else sources[:: max(1, -(-len(sources) // number))]
 
 
 def is_main(source: Source) -> bool:
