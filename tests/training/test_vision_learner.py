@@ -104,6 +104,19 @@ def test_losses_are_what_they_are_called(vision_config, batches):
     assert loss.item() == pytest.approx(2 * squared.item() + 0.5 * perceptual.item() + 3.25 * distance.item(), rel=1e-4)
 
 
+def test_the_adversary_counts_by_its_weight_times_the_adaptive_one(vision_config, batches):
+    learner = make_learner(vision_config, adversarial_weight=0.3)
+    pixels = batches.build(0).pixels
+    without, _, _ = learner._compute_generator_loss("image", pixels, 0, adversarial=False)
+    loss, losses, fake = learner._compute_generator_loss("image", pixels, 0, adversarial=True)
+    assert losses["adversarial"] == pytest.approx(-learner.discriminator(fake).mean().item(), rel=1e-4)
+    assert losses["adaptive_weight"] > 0
+    added = 0.3 * losses["adaptive_weight"] * losses["adversarial"]
+    assert abs(added) > 1e-3 and (loss - without).item() == pytest.approx(added, rel=1e-2)
+    loss.backward()
+    assert learner.tokenizer.decoder.conv_out.weight.grad.any()
+
+
 def test_every_part_gets_a_gradient(vision_config, batches):
     learner = make_learner(vision_config)
     before = copy_tensors(learner)
@@ -162,6 +175,20 @@ def test_the_discriminator_starts_the_same_whatever_was_drawn_before(vision_conf
     assert len(state) == len(torch.get_rng_state())
 
 
+def test_state_comes_back(vision_config, batches):
+    first, second = make_learner(vision_config, adversarial_start=0), make_learner(vision_config, adversarial_start=0, seed=1)
+    for step in (0, 2):
+        first.learn(step, [batches.build(step)])
+    tensors, state = copy_tensors(first), first.list_state()
+    assert {name.split("/")[0] for name in tensors} == {
+        *("tokenizer", "average", "discriminator", "counts", "optimizer", "discriminator_optimizer")
+    }  # fmt: skip
+    second.load(tensors, state)
+    assert find_differing(tensors, second) == set() and second.list_state() == state
+    assert first.learn(3, [batches.build(3)]) == second.learn(3, [batches.build(3)])
+    assert find_differing(copy_tensors(first), second) == set()
+
+
 # ---- steps that are skipped
 
 
@@ -210,6 +237,7 @@ def test_only_dead_codes_move(vision_config, batches):
     for kind in learner.counts:
         learner.counts[kind][dead] = 0
     learner.counts["video"][7] = 0  # alive, for stills still choose it
+    learner.counts["image"][9] = 0  # and this one for clips
     before = weight.detach().clone()
     assert learner._restart_dead_codes([batches.build(1)]) == 3
     moved = (weight != before).any(1)
