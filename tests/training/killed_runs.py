@@ -2,8 +2,8 @@
 
     python killed_runs.py vision|language DATA OUTPUT
 
-Each attempt is a forked child that builds everything from files, as a restarted command would. The children get SIGKILL and SIGTERM at
-random moments of the time that the undisturbed run took. Prints one JSON object: how each attempt ended.
+Each attempt is a forked child that builds everything from files, as a restarted command would. The children get SIGKILL or SIGTERM at
+a random moment: after 0 to 3 more rows in their metrics, and up to a step's time later. Prints one JSON object: how each attempt ended.
 """
 
 import json
@@ -75,33 +75,48 @@ def build_language_run(data: Path, folder: Path) -> LanguageRun:
     )
 
 
-def attempt(kind: str, data: Path, folder: Path, number: int | None, delay: float) -> str:
-    """Fork, train, send the signal after `delay` seconds; how the child ended."""
+def attempt(kind: str, data: Path, folder: Path, number: int | None, num_rows: int, delay: float) -> str:
+    """Fork and train; where there is a signal, send it `delay` seconds after `num_rows` new rows. Returns how the child ended."""
+    metrics = folder / "metrics.jsonl"
+    size = metrics.stat().st_size if metrics.exists() else 0
     child = os.fork()
     if not child:
         os.dup2(os.open(folder.with_suffix(".log"), os.O_WRONLY | os.O_CREAT | os.O_APPEND), sys.stderr.fileno())
         run = (build_vision_run if kind == "vision" else build_language_run)(data, folder)
         os._exit(0 if run.run().is_complete else 3)  # an exception ends the child with its traceback and 1
+    ended, status = 0, 0
     if number is not None:
-        time.sleep(delay)
-        os.kill(child, number)
-    _, status = os.waitpid(child, 0)
+        while not ended and num_rows and not (metrics.exists() and count_rows(metrics, size) >= num_rows):
+            time.sleep(0.002)
+            ended, status = os.waitpid(child, os.WNOHANG)
+        if not ended:
+            time.sleep(delay)
+            os.kill(child, number)
+    if not ended:
+        _, status = os.waitpid(child, 0)
     if os.WIFSIGNALED(status):
         return signal.Signals(os.WTERMSIG(status)).name
     return {0: "complete", 3: "stopped"}.get(os.WEXITSTATUS(status), "failed")
+
+
+def count_rows(metrics: Path, size: int) -> int:
+    """Rows that came after the file had `size` bytes; resuming makes it shorter, by the rows that were lost."""
+    lines = metrics.read_bytes()
+    return lines[min(size, len(lines)) :].count(b"\n")
 
 
 def main() -> None:
     kind, data, output = sys.argv[1], Path(sys.argv[2]), Path(sys.argv[3])
     torch.set_num_threads(1)
     began = time.monotonic()
-    whole = attempt(kind, data, output / "whole", None, 0)
-    seconds = time.monotonic() - began
+    whole = attempt(kind, data, output / "whole", None, 0, 0)
+    step_seconds = (time.monotonic() - began) / 12
     moments = random.Random()
-    ends = []
-    while not ends or ends[-1] != "complete":
+    ends: list[str] = []
+    while not ends or ends[-1] not in ("complete", "failed"):
         number = SIGNALS[len(ends)] if len(ends) < len(SIGNALS) else None
-        ends.append(attempt(kind, data, output / "killed", number, moments.uniform(0.1, 0.5) * seconds))
+        num_rows = moments.randrange(4) if ends else moments.randrange(1, 4)
+        ends.append(attempt(kind, data, output / "killed", number, num_rows, moments.uniform(0, step_seconds)))
     json.dump({"whole": whole, "killed": ends}, sys.stdout)
 
 
