@@ -68,7 +68,7 @@ MINI_DEFAULTS = TaskDefaults(
 
 
 def build_mini_vision_run(samples: tuple[Path, ...], folder: Path, num_steps: int = 1600) -> VisionTokenizerRun:
-    """Stills and clips of 64 x 64; about half an hour on one core.
+    """Stills and clips of 64 x 64.
 
     L2 and LPIPS as in SBER-MoVQGAN's recipe, with a higher LPIPS weight and learning rate for a short training from nothing; LPIPS by
     AlexNet, since VGG would cost as much as the tokenizer itself. The adversary stays off: at 64 px it needs longer than this.
@@ -96,7 +96,7 @@ def build_mini_vision_run(samples: tuple[Path, ...], folder: Path, num_steps: in
 
 
 def build_mini_decoder_run(samples: tuple[Path, ...], folder: Path, init_from: Path, num_steps: int = 1000) -> VisionTokenizerRun:
-    """The decoder of a trained tokenizer alone, codes frozen: sharper pictures while documents stay valid; the adversary joins late."""
+    """The decoder of a trained tokenizer alone, codes frozen, so that documents stay valid; the adversary joins late."""
     return VisionTokenizerRun(
         samples=samples,
         trainer=TrainerConfig(folder, num_steps, validate_every=100, sample_every=100, save_every=50),
@@ -124,7 +124,7 @@ def build_mini_decoder_run(samples: tuple[Path, ...], folder: Path, init_from: P
 
 
 def build_mini_language_run(tokenizers: Path, documents: tuple[Path, ...], folder: Path, num_steps: int = 4000) -> LanguageRun:
-    """Drawing, filming and describing together, from nothing; about fifty minutes on two free cores.
+    """Drawing, filming and describing together, from nothing.
 
     Unlike the paper's pre-training, vision counts 1.0 and captions as context next to nothing, and codes are read with noise: the
     mini model is to learn to draw what it is told, and has too few captions to learn a language from.
