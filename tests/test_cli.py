@@ -10,6 +10,7 @@ import time
 import pytest
 
 from openemu3 import __version__, cli
+from openemu3.cli import options
 from openemu3.records import InputError
 
 
@@ -126,21 +127,21 @@ def test_a_bug_is_not_hidden(monkeypatch):
 
 
 def test_outputs_are_checked_before_the_work(tmp_path):
-    cli.check_outputs([tmp_path / "new" / "a.png"], [".png"])
+    options.check_outputs([tmp_path / "new" / "a.png"], [".png"])
     assert (tmp_path / "new").is_dir()
     (tmp_path / "folder.png").mkdir()
     with pytest.raises(InputError, match="is a folder"):
-        cli.check_outputs([tmp_path / "folder.png"], [".png"])
+        options.check_outputs([tmp_path / "folder.png"], [".png"])
     (tmp_path / "file").touch()
     with pytest.raises(OSError):
-        cli.check_outputs([tmp_path / "file" / "a.png"], [".png"])
+        options.check_outputs([tmp_path / "file" / "a.png"], [".png"])
 
 
 @pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() == 0, reason="the superuser may write anywhere")
 def test_a_read_only_folder_is_told_before_the_work(tmp_path):
     tmp_path.chmod(0o500)
     with pytest.raises(InputError, match="read-only"):
-        cli.check_outputs([tmp_path / "a.png"], [".png"])
+        options.check_outputs([tmp_path / "a.png"], [".png"])
 
 
 def test_a_reader_that_went_away_is_no_error():
