@@ -80,7 +80,7 @@ else
     python recipes/mini/prepare_samples.py videos --packages "$packages" --output "$data" ${clips[@]+"${clips[@]}"}
 fi
 
-step "3/10 choose the core, which the language model learns"
+step "3/10 choose the core, which is learnt"
 if [[ -e $core/images.parquet && -e $core/videos.parquet ]]; then
     done_already "$core"
 else
@@ -91,11 +91,11 @@ step "4/10 learn the text vocabulary"
 if [[ -e $work/text.tiktoken ]]; then
     done_already "$work/text.tiktoken"
 else
-    python recipes/mini/train_text.py --samples "$data/images.parquet" "$data/videos.parquet" --output "$work/text.tiktoken"
+    python recipes/mini/train_text.py --samples "$core/images.parquet" "$core/videos.parquet" --output "$work/text.tiktoken"
 fi
 
 step "5/10 train the vision tokenizer"
-emu3 train vision-tokenizer "$data/images.parquet" "$data/videos.parquet" --output "$work/vision" ${vision[@]+"${vision[@]}"}
+emu3 train vision-tokenizer "$core/images.parquet" "$core/videos.parquet" --output "$work/vision" ${vision[@]+"${vision[@]}"}
 
 step "6/10 export the tokenizers"
 if [[ -e $work/tokenizers/config.json ]]; then
@@ -115,7 +115,7 @@ step "8/10 train the language model"
 emu3 train language "$work/documents.parquet" --tokenizers "$work/tokenizers" --output "$work/language" ${language[@]+"${language[@]}"}
 
 step "9/10 train the vision decoder on, with the codes frozen"
-emu3 train vision-tokenizer "$data/images.parquet" "$data/videos.parquet" --preset mini-decoder --init-from "$work/vision" \
+emu3 train vision-tokenizer "$core/images.parquet" "$core/videos.parquet" --preset mini-decoder --init-from "$work/vision" \
     --output "$work/decoder" ${decoder[@]+"${decoder[@]}"}
 
 step "10/10 export the model"

@@ -52,7 +52,7 @@ MINI_PROMPTS = (  # what a language run draws again and again, so that progress 
     "立体 枫叶",
     "扁平 臭鼬",
 )
-MINI_ENCODE = EncodeConfig()
+MINI_ENCODE = EncodeConfig(clip_stride=16)  # one document a clip: the first two of its three seconds
 MINI_DEFAULTS = TaskDefaults(
     prompt_suffix="",
     negative_prompt="",
@@ -67,7 +67,7 @@ MINI_DEFAULTS = TaskDefaults(
 )
 
 
-def build_mini_vision_run(samples: tuple[Path, ...], folder: Path, num_steps: int = 1600) -> VisionTokenizerRun:
+def build_mini_vision_run(samples: tuple[Path, ...], folder: Path, num_steps: int = 3000) -> VisionTokenizerRun:
     """Stills and clips of 64 x 64.
 
     L2 and LPIPS as in SBER-MoVQGAN's recipe, with a higher LPIPS weight and learning rate for a short training from nothing; LPIPS by
@@ -86,12 +86,12 @@ def build_mini_vision_run(samples: tuple[Path, ...], folder: Path, num_steps: in
             lpips_weight=0.2,
             continuous_steps=min(100, num_steps // 10),
             restart_every=50,
-            restart_until=num_steps * 3 // 4,
+            restart_until=num_steps // 2,
             adversarial_start=num_steps + 1,
             ema_decay=0.995,
             autocast_bf16=True,
         ),
-        batches=PixelBatchesConfig(images_per_batch=16, video_every=4, max_shift=3),
+        batches=PixelBatchesConfig(images_per_batch=16, video_every=4, max_shift=1),
     )
 
 
@@ -119,11 +119,11 @@ def build_mini_decoder_run(samples: tuple[Path, ...], folder: Path, init_from: P
             autocast_bf16=True,
             freeze_codes=True,
         ),
-        batches=PixelBatchesConfig(images_per_batch=16, video_every=5, max_shift=3, seed=7),
+        batches=PixelBatchesConfig(images_per_batch=16, video_every=5, max_shift=1, seed=7),
     )
 
 
-def build_mini_language_run(tokenizers: Path, documents: tuple[Path, ...], folder: Path, num_steps: int = 4000) -> LanguageRun:
+def build_mini_language_run(tokenizers: Path, documents: tuple[Path, ...], folder: Path, num_steps: int = 4600) -> LanguageRun:
     """Drawing, filming and describing together, from nothing.
 
     Unlike the paper's pre-training, vision counts 1.0 and captions as context next to nothing, and codes are read with noise: the
@@ -135,14 +135,14 @@ def build_mini_language_run(tokenizers: Path, documents: tuple[Path, ...], folde
         transformer=MINI_TRANSFORMER,
         trainer=TrainerConfig(folder, num_steps, validate_every=500, sample_every=500, save_every=100),
         learner=LanguageLearnerConfig(
-            optimizer=OptimizerConfig(1.2e-3, num_steps, min(100, num_steps), weight_decay=0.1, max_grad_norm=1.0),
-            role_weights=RoleWeights(text_context=0.05, text_target=3.0, vision=1.0, structure=0.05),
+            optimizer=OptimizerConfig(1.2e-3, num_steps, min(150, num_steps), weight_decay=0.1, max_grad_norm=1.0),
+            role_weights=RoleWeights(text_context=0.05, text_target=8.0, vision=1.0, structure=0.05),
             vision_noise=0.15,
         ),
         batches=DocumentBatchesConfig(
             tokens_per_batch=2048,
-            mixture={"draw": 1.0, "describe": 0.3, "film": 0.3, "describe_video": 0.02},
-            null_prompt_share=0.03,
+            mixture={"draw": 1.0, "describe": 0.4, "film": 0.5, "describe_video": 0.05},
+            null_prompt_share=0.05,
             learn_described_codes=False,
         ),
     )
