@@ -166,8 +166,12 @@ def test_candidates_differ_from_the_sample_in_the_concept_alone(world: tuple[lis
     assert chosen == choose_candidates(sample, samples, pool, num_candidates=6)
     assert chosen != choose_candidates(sample, samples, pool, num_candidates=6, seed=1)
     whole = choose_pool(samples, "3D", "dark", 100)
-    with pytest.raises(InputError, match="11 others"):
-        choose_candidates(sample, samples, whole, num_candidates=50)
+    # Twelve are dark; the rest of a larger draw comes from the other tones of the style, and never from another style.
+    filled = [samples[whole[place]].attributes for place in choose_candidates(sample, samples, whole, num_candidates=16)]
+    assert [attributes["tone"] for attributes in filled[:11]] == ["dark"] * 11
+    assert all(attributes["tone"] != "dark" and attributes["style"] == "3D" for attributes in filled[11:])
+    with pytest.raises(InputError, match="others of its style; 499 are needed"):
+        choose_candidates(sample, samples, whole, num_candidates=500)
 
 
 def test_nearest_is_what_lpips_calls_nearest(world: tuple[list[Sample], Tensor], judges: Judges) -> None:

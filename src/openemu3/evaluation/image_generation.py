@@ -47,23 +47,22 @@ class Judges:
 
 
 def choose_pool(samples: Sequence[Sample], style: str, tone: str, size: int, seed: int = 0) -> list[int]:
-    """Up to `size` samples (by index) of one style and tone, by lottery: the order is a hash of the seed and the id."""
-    members = [index for index, sample in enumerate(samples) if sample.attributes["style"] == style and sample.attributes["tone"] == tone]
-    return sorted(members, key=lambda index: _hash(seed, samples[index].id))[:size]
+    """Up to `size` samples (by index) of one style, those of the tone first; in each part by lottery: the order is a hash of seed and id."""
+    members = [index for index, sample in enumerate(samples) if sample.attributes["style"] == style]
+    return sorted(members, key=lambda index: (samples[index].attributes["tone"] != tone, _hash(seed, samples[index].id)))[:size]
 
 
 def choose_candidates(sample: Sample, samples: Sequence[Sample], pool: Sequence[int], num_candidates: int, seed: int = 0) -> list[int]:
-    """`num_candidates` - 1 samples of the pool (places in it) that show other concepts than the sample.
+    """`num_candidates` - 1 samples of the pool (places in it) that show other concepts than the sample, of its own tone as far as they go.
 
     The draw depends on the pool, the seed and the sample's id alone. Raises InputError if there are not so many.
     """
     others = [place for place, index in enumerate(pool) if not is_version(samples[index], sample)]
     if len(others) < num_candidates - 1:
-        raise InputError(
-            f"sample {sample.id!r} has {len(others)} others of its style and tone; {num_candidates - 1} are needed as candidates"
-        )
+        raise InputError(f"sample {sample.id!r} has {len(others)} others of its style; {num_candidates - 1} are needed as candidates")
     random = np.random.default_rng(int.from_bytes(_hash(seed, sample.id)[:8]))
-    return [others[place] for place in random.choice(len(others), num_candidates - 1, replace=False)]
+    lottery = [others[place] for place in random.permutation(len(others))]
+    return sorted(lottery, key=lambda place: samples[pool[place]].attributes["tone"] != sample.attributes["tone"])[: num_candidates - 1]
 
 
 def is_version(one: Sample, other: Sample) -> bool:
