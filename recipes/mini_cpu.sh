@@ -125,5 +125,10 @@ else
     emu3 export tokenizers "$work/decoder" --text "$work/text.tiktoken" --output "$work/tuned_tokenizers"
     emu3 export model "$work/language" --tokenizers "$work/tuned_tokenizers" --output "$output"
 fi
+if $smoke; then
+    echo "   no samples for emu3 demo: a smoke test has too few pictures to choose from"
+elif [[ ! -e $output/demo.parquet ]]; then
+    python recipes/mini/choose_demo_samples.py --data "$core" --output "$output/demo.parquet"
+fi
 
-step "$output is complete; try: emu3 generate image \"3D panda\" --model $output"
+step "$output is complete; try: emu3 demo --model $output"

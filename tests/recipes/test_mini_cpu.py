@@ -33,7 +33,7 @@ def test_every_command_in_it_is_a_command() -> None:
     """Flags are tried by the smoke test; that the commands exist is cheap to know."""
     lines = [line.strip() for line in SCRIPT.read_text().splitlines()]
     scripts = {line.split()[1] for line in lines if line.startswith("python recipes/")}
-    assert len(scripts) == 5 and all((REPOSITORY / script).is_file() for script in scripts)
+    assert len(scripts) == 6 and all((REPOSITORY / script).is_file() for script in scripts)
     assert subprocess.run(["bash", "-n", str(SCRIPT)]).returncode == 0
 
 
