@@ -57,10 +57,8 @@ def select_core(samples: Iterator[Sample], splits: Counter[str]) -> Iterator[Sam
     """The samples of the core, in order; `splits` counts them."""
     for sample in samples:
         attributes = sample.attributes
-        if (
-            GENDER_VARIANT.match(attributes["concept"])
-            or attributes["subgroup"] not in (CLIP_SUBGROUPS if sample.kind == "video" else STILL_SUBGROUPS)
-        ):
+        kept = CLIP_SUBGROUPS if sample.kind == "video" else STILL_SUBGROUPS
+        if GENDER_VARIANT.match(attributes["concept"]) or attributes["subgroup"] not in kept:
             continue
         splits[sample.split] += 1
         if sample.split == "train" and not keeps_chinese(sample):
