@@ -133,7 +133,40 @@ def test_explicit_options_win_over_defaults(emu3, asked):
     assert request.negative_prompt == emu3.format.image_prompt("", (2, 2))
 
 
+def test_drawing_hands_out_its_tokens(emu3, asked):
+    pictures = emu3.draw(["red", "a blue wave"], num_images=3, height=24, width=16, seed=5)
+    drawn = emu3.draw_with_tokens(["red", "a blue wave"], (1, 2), height=24, width=16, seed=5)
+    form = emu3.format
+    for text, group, given in zip(["red", "a blue wave"], drawn, pictures, strict=True):
+        assert [one.stream for one in group] == [1, 2]
+        for one in group:
+            assert one.settings.seed == 5 and one.settings.top_k == 20
+            assert one.prompt_ids.tolist() == form.image_prompt(text + "!", (3, 2))
+            assert np.abs(np.asarray(one.medium).astype(int) - np.asarray(given[one.stream])).max() <= 1
+            # The whole document: what was asked, the picture's codes, EOS. Its codes decode to the picture.
+            prompt, image = form.decode([*one.prompt_ids, *one.token_ids]).parts
+            assert prompt.text == text + "!" and one.token_ids[-1] == form.vocabulary.eos
+            pixels = emu3.vision_tokenizer.decode_image(torch.from_numpy(image.codes.astype(np.int64))[None])
+            assert np.abs(np.asarray(one.medium).astype(int) - np.asarray(media.to_pil(pixels[0])[0])).max() <= 1
+    requests = [request for call in asked[:1] for request in call]
+    kept = [done.token_ids for request, done in zip(requests, emu3.engine.generate(requests), strict=True) if request.stream]
+    assert [one.token_ids.tolist() for group in drawn for one in group] == [ids.tolist() for ids in kept]
+
+
 # ---- films
+
+
+def test_filming_hands_out_its_tokens(emu3):
+    ((first, other),) = emu3.film_with_tokens(["wave"], (0, 3), 1.375, seed=2)
+    assert (first.stream, other.stream) == (0, 3) and first.token_ids.tolist() != other.token_ids.tolist()
+    assert torch.equal(first.medium.pixels, emu3.film("wave", 1.375, seed=2).pixels) and first.medium.num_frames == 11
+    prompt, video = emu3.format.decode([*other.prompt_ids, *other.token_ids]).parts
+    assert prompt.text == "wave!" and video.num_frames == 11 and video.fps == 8
+    codes = torch.from_numpy(video.codes.astype(np.int64))[None]
+    assert torch.allclose(other.medium.pixels, emu3.vision_tokenizer.decode_video(codes, 11)[0].clamp(-1, 1), atol=1e-5)
+    assert emu3.film_with_tokens(["wave"], [0])[0][0].medium.num_frames == 16  # one clip of the model
+    with pytest.raises(InputError, match="at most 16 frames"):
+        emu3.film_with_tokens(["wave"], [0], 2.125)
 
 
 @pytest.mark.parametrize(("seconds", "frames", "latents"), [(2, 16, 4), (1, 8, 2), (0.5, 4, 1), (1.375, 11, 3), (0.125, 1, 1)])

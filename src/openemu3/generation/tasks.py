@@ -13,7 +13,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from importlib import resources
 from pathlib import Path
-from typing import TypedDict, Unpack, overload
+from typing import Generic, TypedDict, TypeVar, Unpack, overload
 
 import numpy as np
 import torch
@@ -130,6 +130,28 @@ class Film:
             media.write_animation(path, self.pixels, self.fps)
 
 
+Medium = TypeVar("Medium", Picture, Film)
+
+
+@dataclass(frozen=True, eq=False)
+class Drawn(Generic[Medium]):
+    """A picture or a clip with the very tokens it was made of, for training a model on what it drew itself.
+
+    Encoding the medium afresh would not give these tokens: codes -> pixels -> codes changes some of them.
+
+    Args:
+        prompt_ids: int64 [n], BOS ... IMG, as the model read them.
+        token_ids: int64 [m], what it then drew, with the ids that the grammar forces, up to EOS.
+        stream: number of the randomness (see engine.Request); settings: how the tokens were drawn, seed included.
+    """
+
+    medium: Medium
+    prompt_ids: NDArray[np.int64]
+    token_ids: NDArray[np.int64]
+    stream: int
+    settings: SamplingSettings
+
+
 Media = Picture | Film | media.Source  # a picture or film, or a file with one (path or bytes)
 
 
@@ -223,7 +245,7 @@ class Emu3:
         Raises:
             InputError: a folder or file that is missing, damaged or foreign, or parts that do not fit together.
         """
-        path = Path(str(resources.files("openemu3") / "assets" / "mini")) if folder == "mini" else Path(folder)
+        path = find_model_folder(folder)
         if device is None:
             device = "cuda" if torch.cuda.is_available() else "cpu"
         config = read_config(path)
@@ -281,7 +303,32 @@ class Emu3:
         """
         if isinstance(num_images, bool) or not isinstance(num_images, int) or num_images < 1:
             raise InputError(f"num_images is {num_images!r}; a whole number of at least 1 is allowed")
-        prompts = _as_list(prompt)
+        drawn = self.draw_with_tokens(
+            _as_list(prompt), range(num_images), height=height, width=width, aspect_ratio=aspect_ratio, resolution=resolution,
+            negative_prompt=negative_prompt, guidance=guidance, temperature=temperature, top_k=top_k, top_p=top_p, seed=seed,
+            progress=progress,
+        )  # fmt: skip
+        groups = [[one.medium for one in group] for group in drawn]
+        return groups[0] if isinstance(prompt, str) else groups
+
+    def draw_with_tokens(
+        self,
+        prompts: Sequence[str],
+        streams: Sequence[int],
+        *,
+        height: int | None = None,
+        width: int | None = None,
+        aspect_ratio: str = "1:1",
+        resolution: int | None = None,
+        negative_prompt: str | None = None,
+        guidance: float | None = None,
+        temperature: float | None = None,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        seed: int = 0,
+        progress: Progress | None = None,
+    ) -> list[list[Drawn[Picture]]]:
+        """What `draw` draws, with its tokens: for each prompt, picture number i for every i of `streams`; the rest as in `draw`."""
         grid = self._choose_grid(height, width, aspect_ratio, resolution)
         settings = self._choose_settings(guidance, temperature, top_k, top_p, seed)
         negative = self.defaults.negative_prompt if negative_prompt is None else negative_prompt
@@ -290,11 +337,10 @@ class Emu3:
         requests = []
         for text in prompts:
             conditional = self.format.image_prompt(_check_text("prompt", text) + self.defaults.prompt_suffix, grid)
-            requests += [Request(conditional, layout, unconditional, settings=settings, stream=image) for image in range(num_images)]
-        codes = [self._read_codes(done, layout).reshape(grid) for done in self.engine.generate(requests, progress)]
-        pictures = self._decode_images(codes)
-        groups = [pictures[start : start + num_images] for start in range(0, len(pictures), num_images)]
-        return groups[0] if isinstance(prompt, str) else groups
+            requests += [Request(conditional, layout, unconditional, settings=settings, stream=stream) for stream in streams]
+        completions = self.engine.generate(requests, progress)
+        pictures = self._decode_images([self._read_codes(done, layout).reshape(grid) for done in completions])
+        return _group_drawn(requests, completions, pictures, len(streams))
 
     @overload
     def film(self, prompt: str, seconds: float, fps: float | None = None, **options: Unpack[FilmOptions]) -> Film: ...
@@ -332,23 +378,73 @@ class Emu3:
         settings = self._choose_settings(guidance, temperature, top_k, top_p, seed)
         negative = self.defaults.negative_prompt if negative_prompt is None else negative_prompt
         first = min(num_frames, self.defaults.clip_frames)
-        clip = (math.ceil(first / FRAMES_PER_LATENT), *grid)
-        layout = self.format.vision_layout(clip)
-        unconditional = self.format.video_prompt(negative, clip, rate, first)
-        requests = []
-        for text in prompts:
-            conditional = self.format.video_prompt(_check_text("prompt", text) + self.defaults.prompt_suffix, clip, rate, first)
-            requests.append(Request(conditional, layout, unconditional, settings=settings))
-        films = []
-        for done in self.engine.generate(requests, progress):
-            codes = self._as_tensor(self._read_codes(done, layout).reshape(clip))
-            films.append(self.vision_tokenizer.decode_video(codes[None], first)[0].cpu().clamp(-1, 1))
+        clips = self._film_clips(prompts, (0,), first, rate, grid, negative, settings, progress)
+        films = [drawn.medium.pixels for (drawn,) in clips]
         pieces = [[film] for film in films]
         for new in self._continue(films, num_frames - first, rate, prompts, negative, settings, progress):
             for parts, part in zip(pieces, new, strict=True):
                 parts.append(part)
         whole = [Film(torch.cat(parts, dim=1), rate) for parts in pieces]
         return whole[0] if isinstance(prompt, str) else whole
+
+    def film_with_tokens(
+        self,
+        prompts: Sequence[str],
+        streams: Sequence[int],
+        seconds: float | None = None,
+        fps: float | None = None,
+        *,
+        height: int | None = None,
+        width: int | None = None,
+        aspect_ratio: str = "1:1",
+        resolution: int | None = None,
+        negative_prompt: str | None = None,
+        guidance: float | None = None,
+        temperature: float | None = None,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        seed: int = 0,
+        progress: Progress | None = None,
+    ) -> list[list[Drawn[Film]]]:
+        """Clips with their tokens: for each prompt, clip number i for every i of `streams`; clip 0 is what `film` makes.
+
+        seconds: default: one clip of the model. A longer film is not one sequence of tokens, so InputError is raised for it.
+        """
+        rate = self.defaults.fps if fps is None else round_fps(fps)
+        most = self.defaults.clip_frames
+        num_frames = most if seconds is None else _count_frames(seconds, rate)
+        if num_frames > most:
+            raise InputError(f"seconds is {seconds!r}; one clip of the model is at most {most} frames, {most / rate:g} s at this rate")
+        grid = self._choose_grid(height, width, aspect_ratio, resolution)
+        settings = self._choose_settings(guidance, temperature, top_k, top_p, seed)
+        negative = self.defaults.negative_prompt if negative_prompt is None else negative_prompt
+        return self._film_clips(prompts, streams, num_frames, rate, grid, negative, settings, progress)
+
+    def _film_clips(
+        self,
+        prompts: Sequence[str],
+        streams: Sequence[int],
+        num_frames: int,
+        rate: float,
+        grid: tuple[int, int],
+        negative: str,
+        settings: SamplingSettings,
+        progress: Progress | None,
+    ) -> list[list[Drawn[Film]]]:
+        """For each prompt and stream one clip of `num_frames` frames, at most `defaults.clip_frames`, made in one go."""
+        clip = (math.ceil(num_frames / FRAMES_PER_LATENT), *grid)
+        layout = self.format.vision_layout(clip)
+        unconditional = self.format.video_prompt(negative, clip, rate, num_frames)
+        requests = []
+        for text in prompts:
+            conditional = self.format.video_prompt(_check_text("prompt", text) + self.defaults.prompt_suffix, clip, rate, num_frames)
+            requests += [Request(conditional, layout, unconditional, settings=settings, stream=stream) for stream in streams]
+        completions = self.engine.generate(requests, progress)
+        films = []
+        for done in completions:
+            codes = self._as_tensor(self._read_codes(done, layout).reshape(clip))
+            films.append(Film(self.vision_tokenizer.decode_video(codes[None], num_frames)[0].cpu().clamp(-1, 1), rate))
+        return _group_drawn(requests, completions, films, len(streams))
 
     @overload
     def continue_film(self, film: Film | media.Source, seconds: float, prompt: str = "", **options: Unpack[SamplingOptions]) -> Film: ...
@@ -594,6 +690,11 @@ class Emu3:
         )
 
 
+def find_model_folder(name: str | Path) -> Path:
+    """The folder that a model's name means: "mini" is the one inside this package."""
+    return Path(str(resources.files("openemu3") / "assets" / "mini")) if name == "mini" else Path(name)
+
+
 def choose_grid(aspect_ratio: str, area: int, factor: int = 8) -> tuple[int, int]:
     """Token grid (h, w) of a picture of `area` pixels and the ratio "W:H": r = sqrt(area / (W H)), h = round(H r / 8), w = round(W r / 8).
 
@@ -608,6 +709,17 @@ def choose_grid(aspect_ratio: str, area: int, factor: int = 8) -> tuple[int, int
     if not min(grid):
         raise InputError(f"aspect_ratio is {aspect_ratio!r}, which leaves no tokens for one side at an area of {area} pixels")
     return grid
+
+
+def _group_drawn(
+    requests: Sequence[Request], completions: Sequence[Completion], drawn: Sequence[Medium], size: int
+) -> list[list[Drawn[Medium]]]:
+    """One list for each `size` requests."""
+    together = [
+        Drawn(medium, np.asarray(request.prompt, np.int64), done.token_ids, request.stream, request.settings)
+        for request, done, medium in zip(requests, completions, drawn, strict=True)
+    ]
+    return [together[start : start + size] for start in range(0, len(together), size)]
 
 
 def _read_defaults(folder: Path) -> TaskDefaults:
