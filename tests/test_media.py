@@ -443,6 +443,36 @@ def test_seeking_gives_what_decoding_from_the_beginning_gives(tmp_path):
         assert torch.equal(media.read_video(path, start=start)[0], everything[:, round(start * 30) :])
 
 
+def test_frames_come_with_their_times():
+    video = make_video(5, fps=10, times=[0, 100, 200, 700, 800], format="matroska")
+    frames = list(media.stream_frames(video))
+    assert [float(frame.time) for frame in frames] == [0, 0.1, 0.2, 0.7, 0.8]
+    assert np.array_equal(np.stack([frame.array for frame in frames]), as_bytes(media.read_video(video)[0]))
+    evenly = list(media.stream_frames(video, fps=10, start=0.2, max_frames=4))
+    assert [float(frame.time) for frame in evenly] == pytest.approx([0.2, 0.3, 0.4, 0.5])
+
+
+@pytest.mark.parametrize("rotation", [0, 90])
+def test_frames_shrink_while_they_are_decoded(rotation):
+    """Against the mean over blocks, computed from the full frames; grey, so that half-resolution colours play no part."""
+    video = make_video(3, height=64, width=96, rotation=rotation)
+    small = [frame.array for frame in media.stream_frames(video, short_edge=16)]
+    full = as_bytes(media.read_video(video)[0]).astype(float)
+    blocks = full.reshape(3, full.shape[1] // 4, 4, full.shape[2] // 4, 4, 3).mean(axis=(2, 4))
+    assert small[0].shape == ((16, 24, 3) if rotation == 0 else (24, 16, 3))
+    assert np.abs(np.stack(small) - blocks).max() <= 2
+    assert [frame.array.shape for frame in media.stream_frames(video, short_edge=999)] == [full.shape[1:]] * 3
+    with pytest.raises(InputError, match="short_edge is 0"):
+        next(media.stream_frames(video, short_edge=0))
+
+
+def test_frames_of_an_animation_shrink_too():
+    animation = media.encode_animation(torch.rand(3, 4, 32, 48, generator=torch.Generator().manual_seed(0)).mul(2).sub(1), 8, "WEBP")
+    small = [frame.array for frame in media.stream_frames(animation, short_edge=8)]
+    full = as_bytes(media.read_video(animation)[0]).astype(float)
+    assert np.abs(np.stack(small) - full.reshape(4, 8, 4, 12, 4, 3).mean(axis=(2, 4))).max() <= 1
+
+
 def test_streams_without_timestamps_run_at_the_stated_rate():
     raw = make_video(10, fps=25, format="h264")
     assert read_levels(media.read_video(raw)[0]) == list(range(10))

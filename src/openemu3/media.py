@@ -17,7 +17,7 @@ import os
 import stat
 from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from pathlib import Path
 from typing import IO, Any, Literal
@@ -26,6 +26,7 @@ import av
 import av.container
 import numpy as np
 import torch
+from av.video.reformatter import Interpolation
 from PIL import ExifTags, Image
 
 from openemu3.records import InputError
@@ -236,37 +237,52 @@ def stream_video(
     as square. Raises InputError for a file that is missing, no video, without frames or so damaged that the decoder gives up, for a start
     past the end, and for frames that are too large, change size or stand for longer than MAX_FRAME_SECONDS.
     """
+    if chunk_frames < 1:
+        raise InputError(f"chunk_frames is {chunk_frames}: it must be at least 1")
+    frames: list[np.ndarray] = []
+    for frame in stream_frames(source, fps=fps, max_frames=max_frames, start=start):
+        frames.append(frame.array)
+        if len(frames) == chunk_frames:
+            yield _to_pixels(frames)
+            frames = []
+    if frames:
+        yield _to_pixels(frames)
+
+
+def stream_frames(
+    source: Source, fps: float | None = None, max_frames: int | None = None, start: float = 0.0, short_edge: int | None = None
+) -> Iterator[TimedFrame]:
+    """`stream_video` frame by frame in 8 bits, each with its time; arguments and errors are the same.
+
+    short_edge  shrink frames, as they are decoded, so that their shorter side has so many pixels; smaller frames stay as they are.
+    """
     name = _describe_source(source, "video")
     if fps is not None and not 0 < fps <= MAX_FPS:
         raise InputError(f"fps is {fps}: allowed is more than 0 and at most {MAX_FPS} frames per second")
-    if chunk_frames < 1 or (max_frames is not None and max_frames < 1):
-        raise InputError(f"chunk_frames is {chunk_frames} and max_frames {max_frames}: each must be at least 1")
+    if max_frames is not None and max_frames < 1:
+        raise InputError(f"max_frames is {max_frames}: it must be at least 1")
     if not 0 <= start < math.inf:
         raise InputError(f"start is {start}: allowed are 0 or more seconds")
+    if short_edge is not None and short_edge < 1:
+        raise InputError(f"short_edge is {short_edge}: it must be at least 1 pixel")
     with _open_source(source, name) as file, _damage_is_input_error(name, "video"):
         decode = _decode_animation if _check_is_animated(file, name) else _decode_container
-        frames: list[np.ndarray] = []
-        num_frames = 0
-        for frame in _select_frames(decode(file, name, start), name, fps, start):
-            if frames and frame.shape != frames[0].shape:
+        first: TimedFrame | None = None
+        for number, frame in enumerate(_select_frames(decode(file, name, start, short_edge), name, fps, start), 1):
+            first = first or frame
+            if frame.array.shape != first.array.shape:
                 raise InputError(
-                    f"the frames of {name} change size from {frames[0].shape[:2]} to {frame.shape[:2]}: all must be of one size"
+                    f"the frames of {name} change size from {first.array.shape[:2]} to {frame.array.shape[:2]}: all must be of one size"
                 )
-            frames.append(frame)
-            num_frames += 1
-            if len(frames) == chunk_frames or num_frames == max_frames:
-                yield _to_pixels(frames)
-                frames = []
-            if num_frames == max_frames:
+            yield frame
+            if number == max_frames:
                 return
-        if frames:
-            yield _to_pixels(frames)
-        if num_frames == 0:
+        if first is None:
             raise InputError(f"{name} has no frame at {start} s or later" if start else f"{name} has no frames: at least one is needed")
 
 
 @dataclass(frozen=True)
-class _TimedFrame:
+class TimedFrame:
     """A frame uint8 [H, W, 3], and in seconds: from the first frame to when it appears, how long it stands, and how precise that is."""
 
     array: np.ndarray
@@ -275,11 +291,11 @@ class _TimedFrame:
     tick: Fraction
 
 
-def _select_frames(frames: Iterator[_TimedFrame], name: str, fps: float | None, start: float) -> Iterator[np.ndarray]:
-    """The frames to show: all from `start` on, or those on screen at start + k / fps."""
+def _select_frames(frames: Iterator[TimedFrame], name: str, fps: float | None, start: float) -> Iterator[TimedFrame]:
+    """The frames to show: all from `start` on, or those on screen at start + k / fps, with these times."""
     begin = Fraction(start).limit_denominator(1_000_000)
     if fps is None:
-        yield from (frame.array for frame in frames if frame.time + frame.duration > begin + frame.tick)
+        yield from (frame for frame in frames if frame.time + frame.duration > begin + frame.tick)
         return
     step = 1 / Fraction(fps).limit_denominator(100_000)
     next_time, shown = begin, None
@@ -292,17 +308,17 @@ def _select_frames(frames: Iterator[_TimedFrame], name: str, fps: float | None, 
                 )
             # A frame counts as there one tick before its stated time, or rounding would show its predecessor twice.
             while next_time + frame.tick < frame.time:
-                yield shown.array
+                yield replace(shown, time=next_time, duration=step)
                 next_time += step
         shown = frame
     if shown is not None:
         end = shown.time + min(shown.duration, Fraction(MAX_FRAME_SECONDS))
         while next_time + shown.tick < end:
-            yield shown.array
+            yield replace(shown, time=next_time, duration=step)
             next_time += step
 
 
-def _decode_container(file: IO[bytes], name: str, start: float) -> Iterator[_TimedFrame]:
+def _decode_container(file: IO[bytes], name: str, start: float, short_edge: int | None) -> Iterator[TimedFrame]:
     """Frames of a video file from the key frame before `start` on."""
     seekable = start > 0 and _lands_before(file, name, start)
     file.seek(0)
@@ -323,10 +339,13 @@ def _decode_container(file: IO[bytes], name: str, start: float) -> Iterator[_Tim
             stated = index / rate if frame.pts is None or not timed else frame.pts * clock - origin
             time = max(time, stated)
             duration = frame.duration * clock if frame.duration else 1 / rate
-            array = frame.to_ndarray(format="rgb24")  # [H, W, 3]
+            height, width = _shrink_to(short_edge, frame.height, frame.width)
+            # At full size FFmpeg's own choice stands: the flag would also change how colours at half resolution are enlarged.
+            method = Interpolation.AREA if (height, width) != (frame.height, frame.width) else None
+            array = frame.to_ndarray(format="rgb24", width=width, height=height, interpolation=method)  # [H, W, 3]
             # FFmpeg gives the angle that turns the stored frame upright, counter-clockwise in degrees, as np.rot90 takes it in quarters.
             turned = np.rot90(array, round(frame.rotation / 90))
-            yield _TimedFrame(turned, time, duration, tick)
+            yield TimedFrame(turned, time, duration, tick)
 
 
 def _has_times(container: av.container.InputContainer) -> bool:
@@ -348,7 +367,7 @@ def _lands_before(file: IO[bytes], name: str, start: float) -> bool:
         return False
 
 
-def _decode_animation(file: IO[bytes], name: str, start: float) -> Iterator[_TimedFrame]:
+def _decode_animation(file: IO[bytes], name: str, start: float, short_edge: int | None) -> Iterator[TimedFrame]:
     """Frames of an animated picture, each composed from the ones before it, on white."""
     with Image.open(file, formats=_ANIMATION_FORMATS) as image:
         _check_frame_size(name, image.height, image.width)
@@ -357,8 +376,20 @@ def _decode_animation(file: IO[bytes], name: str, start: float) -> Iterator[_Tim
             image.seek(index)
             image.load()
             duration = _read_frame_seconds(image)
-            yield _TimedFrame(np.array(_convert_to_rgb(image, name)), time, duration, tick)
+            picture = _convert_to_rgb(image, name)
+            height, width = _shrink_to(short_edge, picture.height, picture.width)
+            if (width, height) != picture.size:
+                picture = picture.resize((width, height), Image.Resampling.BOX)
+            yield TimedFrame(np.array(picture), time, duration, tick)
             time += duration
+
+
+def _shrink_to(short_edge: int | None, height: int, width: int) -> tuple[int, int]:
+    """Height and width with the shorter side of at most `short_edge` pixels."""
+    if short_edge is None or min(height, width) <= short_edge:
+        return height, width
+    scale = short_edge / min(height, width)
+    return round(height * scale), round(width * scale)
 
 
 # ---------------------------------------------------------------------------------------------------------------------------------- writing
