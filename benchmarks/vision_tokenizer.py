@@ -55,7 +55,7 @@ class Worker:
     def __init__(self, side: str, width: str, dtype: str) -> None:
         import torch
 
-        from openemu3.tokenization.vision import VisionTokenizer, VisionTokenizerConfig
+        from openemu3.tokenization.vision import VisionTokenizer, VisionTokenizerConfig, apply_channels_last
 
         torch.manual_seed(0)
         self.side, self.width, self.dtype = side, width, getattr(torch, dtype)
@@ -75,10 +75,7 @@ class Worker:
         else:
             self.network = tokenizer.to(self.dtype)
             if side == OURS_LAST:
-                # Layer by layer: asked of the whole network, torch refuses because of its 3-D convolutions.
-                for module in self.network.modules():
-                    if isinstance(module, torch.nn.Conv2d):
-                        module.to(memory_format=torch.channels_last)
+                apply_channels_last(self.network)
 
     def _convert(self, tokenizer: Any) -> Any:
         """Their module over the same memory."""

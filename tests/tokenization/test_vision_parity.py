@@ -16,7 +16,7 @@ from transformers.models.emu3.modeling_emu3 import Emu3VQVAE
 
 from openemu3.model.layouts import to_published_name, to_published_shape
 from openemu3.records import InputError
-from openemu3.tokenization.vision import VisionTokenizer, VisionTokenizerConfig
+from openemu3.tokenization.vision import VisionTokenizer, VisionTokenizerConfig, apply_channels_last
 
 KEYS = Path(__file__).parent / "data" / "vision_tokenizer_keys.txt"
 # name -> (sizes of our network, width of the transformers attention layers)
@@ -151,6 +151,16 @@ def test_double_precision_leaves_no_difference(name: str) -> None:
         codes = encode_by_oracle(oracle, pixels)
         decoded = (ours.decode_image if still else ours.decode_video)(codes)
         torch.testing.assert_close(decoded, decode_by_oracle(oracle, codes), rtol=0, atol=1e-12 * decoded.abs().max().item())
+
+
+def test_channels_last_changes_the_layout_alone() -> None:
+    ours, oracle = build_pair(NARROW, seed=5)
+    apply_channels_last(ours)
+    # Of one-pixel kernels torch cannot tell the two layouts apart; the others say which they have.
+    assert ours.encoder.conv_in.weight.is_contiguous(memory_format=torch.channels_last)
+    assert not ours.encoder.conv_in.weight.is_contiguous()
+    check_same(ours, oracle, make_pixels(2, 3, 24, 32))
+    check_same(ours, oracle, make_pixels(1, 3, 8, 16, 24))
 
 
 def test_full_width() -> None:

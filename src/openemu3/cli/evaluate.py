@@ -43,6 +43,10 @@ class EvaluateReconstruction:
     """Folder that holds a vision tokenizer, or "mini"."""
     device: Literal["cpu", "cuda"] = "cpu"
     """Where to compute."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Number format of the tokenizer. bfloat16 is faster and gives other codes."""
+    channels_last: bool = False
+    """Lay its weights out with channels last: the same numbers, at another speed."""
     json: Json = False
 
     def run(self) -> None:
@@ -57,6 +61,8 @@ class EvaluateReconstruction:
             ssim_window=self.ssim_window,
             max_items=self.max_items,
             device=self.device,
+            dtype=self.dtype,
+            channels_last=self.channels_last,
         )
         tokenizer = reconstruction.load_tokenizer(self.model, self.device)
         with show_progress("measuring") as move:

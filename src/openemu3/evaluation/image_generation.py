@@ -47,7 +47,7 @@ class Judges:
 
 
 def choose_pool(samples: Sequence[Sample], style: str, tone: str, size: int, seed: int = 0) -> list[int]:
-    """Up to `size` samples (by index) of one style, those of the tone first; in each part by lottery: the order is a hash of seed and id."""
+    """Up to `size` samples (by index) of one style, those of the tone first, each part in the order of a hash of seed and id."""
     members = [index for index, sample in enumerate(samples) if sample.attributes["style"] == style]
     return sorted(members, key=lambda index: (samples[index].attributes["tone"] != tone, _hash(seed, samples[index].id)))[:size]
 

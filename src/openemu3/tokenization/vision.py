@@ -196,6 +196,16 @@ class VisionTokenizer(nn.Module):
             raise InputError(f"codes span {int(codes.min())}..{int(codes.max())}; allowed is 0..{self.config.codebook_size - 1}")
 
 
+def apply_channels_last(tokenizer: VisionTokenizer) -> None:
+    """Lay the weights of the 2-D layers out with channels last: the same network, faster in bf16 and for decoding large pictures on a CPU.
+
+    Layer by layer: asked of the whole network, torch refuses because of its 3-D convolutions.
+    """
+    for module in tokenizer.modules():
+        if isinstance(module, nn.Conv2d):
+            module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # torch's stubs leave it out
+
+
 class Codebook(nn.Module):
     """The table of code vectors, and the search for the nearest one (squared L2)."""
 
