@@ -19,6 +19,7 @@ from openemu3 import __version__
 from openemu3.cli.evaluate import Evaluate
 from openemu3.cli.generate import Answer, Chat, Demo, Describe, Generate
 from openemu3.cli.options import Command
+from openemu3.cli.select import Select
 from openemu3.cli.tokenize import Tokenize
 from openemu3.cli.train import Export, Train
 from openemu3.records import InputError
@@ -41,6 +42,7 @@ COMMANDS: dict[str, Callable[..., Command]] = {
     "chat": Chat,
     "evaluate": Evaluate,
     "demo": Demo,
+    "select": Select,
     "tokenize": Tokenize,
     "train": Train,
     "export": Export,
