@@ -1,21 +1,27 @@
 """Checkpoints come back as they were, and are there whole or not at all, wherever the process dies while saving."""
 
 import itertools
+import json
 import os
+import pickle  # noqa: TID251 - to see that nobody uses it
 import shutil
+import threading
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import nn
 
 from openemu3.records import InputError
 from openemu3.training import checkpoint
 from openemu3.training.checkpoint import (
+    CheckpointWriter,
     add_prefix,
     list_checkpoints,
     list_optimizer_tensors,
     load_checkpoint,
+    load_into,
     load_optimizer_tensors,
     name_parameters,
     save_checkpoint,
@@ -62,23 +68,36 @@ def test_killed_at_any_moment_of_saving(tmp_path, monkeypatch):
     """Every call that touches the disk, in turn, is the last one; it dies before its work, in the middle of it, or after it."""
     calls: list[str] = []
     deadly, moment = -1, "before"
+    writing = False  # torch's own writer is at work, whose calls are not ours
 
     def guard(name, real):
         def call(*arguments, **keywords):
+            nonlocal writing
+            if writing:
+                return real(*arguments, **keywords)
             calls.append(name)
+            writing = name == "write_shards"
+            try:
+                return die_or_do(*arguments, **keywords)
+            finally:
+                writing = False
+
+        def die_or_do(*arguments, **keywords):
             if len(calls) - 1 != deadly:
                 return real(*arguments, **keywords)
             if moment == "after":
                 real(*arguments, **keywords)
             elif moment == "amid" and name == "rmtree":
                 next(path for path in Path(arguments[0]).iterdir()).unlink()
-            elif moment == "amid" and name in ("save_file", "write_text"):
-                Path(arguments[name == "save_file"]).write_bytes(b"half")
+            elif moment == "amid" and name == "write_shards":
+                (arguments[0] / "shard-00001-model-00001-of-00001.safetensors").write_bytes(b"half")
+            elif moment == "amid" and name == "write_text":
+                arguments[0].write_bytes(b"half")
             raise Killed
 
         return call
 
-    monkeypatch.setattr(checkpoint, "save_file", guard("save_file", checkpoint.save_file))
+    monkeypatch.setattr(checkpoint, "write_shards", guard("write_shards", checkpoint.write_shards))
     monkeypatch.setattr(os, "fsync", guard("fsync", os.fsync))
     monkeypatch.setattr(shutil, "rmtree", guard("rmtree", shutil.rmtree))
     for name in ("write_text", "rename", "mkdir"):
@@ -90,7 +109,7 @@ def test_killed_at_any_moment_of_saving(tmp_path, monkeypatch):
 
     save_three(tmp_path / "whole")
     num_calls = len(calls)
-    assert {"save_file", "fsync", "rmtree", "write_text", "rename", "mkdir"} == set(calls) and num_calls > 20
+    assert {"write_shards", "fsync", "rmtree", "write_text", "rename", "mkdir"} == set(calls) and num_calls > 20
     seen = set()
     for death in itertools.product(range(num_calls), ("before", "amid", "after")):
         deadly, moment = death
@@ -112,17 +131,16 @@ def test_killed_at_any_moment_of_saving(tmp_path, monkeypatch):
 def test_a_full_disk_leaves_nothing_half_written(tmp_path, monkeypatch):
     save_checkpoint(tmp_path, 1, make_tensors(1), {})
 
-    def fail(*arguments):
-        Path(arguments[1]).write_bytes(b"half")
+    def fail(descriptor):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(checkpoint, "save_file", fail)
+    monkeypatch.setattr(os, "fsync", fail)  # where torch's writer finds out
     with pytest.raises(InputError, match="step-00000002 cannot be written .*No space left"):
         save_checkpoint(tmp_path, 2, make_tensors(2), {})
     assert [path.name for path in tmp_path.iterdir()] == ["step-00000001"]
 
 
-@pytest.mark.parametrize("name", ["tensors.safetensors", "state.json"])
+@pytest.mark.parametrize("name", ["shard-00001-model-00001-of-00001.safetensors", "state.json"])
 @pytest.mark.parametrize("damage", ["cut", "missing"])
 def test_damage_is_told(tmp_path, name, damage):
     path = save_checkpoint(tmp_path, 1, make_tensors(1), {"step": 1})
@@ -132,6 +150,90 @@ def test_damage_is_told(tmp_path, name, damage):
         (path / name).unlink()
     with pytest.raises(InputError, match="step-00000001 cannot be read"):
         load_checkpoint(path)
+
+
+def test_a_checkpoint_of_something_else_is_told_before_anything_is_changed(tmp_path):
+    path = save_checkpoint(tmp_path, 1, make_tensors(1), {})
+    same = {name: torch.zeros_like(tensor) for name, tensor in make_tensors(1).items()}
+    for change, words in (
+        ({"weights/c": torch.zeros(1)}, "1 tensors differ, first weights/c: absent there, float32 .1. here"),
+        ({"weights/a": torch.zeros(3, 3)}, r"first weights/a: float32 \[3, 2\] there, float32 \[3, 3\] here"),
+        ({"other/a": torch.zeros(4)}, r"first other/a: bfloat16 \[4\] there, float32 \[4\] here"),
+    ):
+        with pytest.raises(InputError, match=words):
+            load_into(path, same | change)
+    assert not any(tensor.any() for tensor in same.values())
+    load_into(path, same)
+    assert all(tensor.equal(make_tensors(1)[name]) for name, tensor in same.items())
+
+
+def test_one_part_alone_can_be_read(tmp_path):
+    path = save_checkpoint(tmp_path, 1, make_tensors(1), {})
+    assert load_checkpoint(path, "weights")[0].keys() == {"weights/a", "weights/b"}
+
+
+def test_checkpoints_of_the_first_format_are_read(tmp_path):
+    """One file of plain tensors and a state.json without a list of files."""
+    path = tmp_path / "step-00000003"
+    path.mkdir()
+    save_file(make_tensors(3), path / "tensors.safetensors")
+    (path / "state.json").write_text(json.dumps({"step": 3}))
+    tensors, state = load_checkpoint(path)
+    assert state == {"step": 3} and all(tensors[name].equal(tensor) for name, tensor in make_tensors(3).items())
+
+
+def test_nothing_is_pickled(tmp_path, monkeypatch):
+    def refuse(*arguments, **keywords):
+        raise AssertionError("a pickle was made or read")
+
+    for module, names in ((pickle, ("load", "loads", "dump", "dumps", "Unpickler", "Pickler")), (torch, ("save", "load"))):
+        for name in names:
+            monkeypatch.setattr(module, name, refuse)
+    path = save_checkpoint(tmp_path, 1, make_tensors(1), {"step": 1})
+    assert load_checkpoint(path)[0].keys() == make_tensors(1).keys()
+    assert {file.suffix for file in path.iterdir()} == {".safetensors", ".json"}
+
+
+# ---- in the background
+
+
+def test_what_is_saved_is_what_was_there_when_it_began(tmp_path, monkeypatch):
+    """The write is held back until the tensors and the state have been changed."""
+    changed = threading.Event()
+    real = checkpoint.write_shards
+
+    def wait_and_write(*arguments):
+        assert changed.wait(30)
+        real(*arguments)
+
+    monkeypatch.setattr(checkpoint, "write_shards", wait_and_write)
+    writer, tensors, state = CheckpointWriter(tmp_path), make_tensors(1), {"seen": [1]}
+    writer.save(1, tensors, state)
+    for tensor in tensors.values():
+        tensor.zero_()
+    state["seen"].append(2)
+    assert list_checkpoints(tmp_path) == [] and writer.find_newest() is None
+    changed.set()
+    writer.wait()
+    assert writer.find_newest() == tmp_path / "step-00000001"
+    found, found_state = load_checkpoint(tmp_path / "step-00000001")
+    assert found_state == {"seen": [1]} and all(found[name].equal(tensor) for name, tensor in make_tensors(1).items())
+
+
+def test_a_save_that_failed_in_the_background_is_told_at_the_next_call(tmp_path, monkeypatch):
+    def fail(*arguments):
+        raise OSError(28, "No space left on device")
+
+    writer = CheckpointWriter(tmp_path, keep=1)
+    writer.save(1, make_tensors(1), {})
+    writer.wait()
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint, "write_shards", fail)
+        writer.save(2, make_tensors(2), {})
+        with pytest.raises(InputError, match="step-00000002 cannot be written .*No space left"):
+            writer.wait()
+    writer.wait()
+    assert [path.name for path in tmp_path.iterdir()] == ["step-00000001"]
 
 
 def test_an_optimizers_state_goes_on_as_if_it_had_not_been_away(tmp_path):

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from openemu3.records import InputError
-from openemu3.training.optimizer import OptimizerConfig, apply_update, build_optimizer, compute_learning_rate
+from openemu3.training.optimizer import OptimizerConfig, apply_update, build_optimizer, compute_learning_rate, round_by_chance
 
 
 @pytest.mark.parametrize(
@@ -98,3 +98,71 @@ def test_a_gradient_that_is_not_finite_changes_nothing(bad):
     assert all(p.equal(weights[name]) for name, p in module.named_parameters())
     assert all(optimizer.state[p][key].equal(value) for (p, key), value in state.items())
     assert module.weight.grad is None and module.bias.grad is None
+
+
+def test_a_loss_that_is_not_finite_changes_nothing_though_the_gradient_is():
+    module = nn.Linear(2, 2)
+    optimizer = build_optimizer(OptimizerConfig(warmup_steps=0), module)
+    module(torch.ones(1, 2)).sum().backward()
+    before = [p.clone() for p in module.parameters()]
+    assert torch.isfinite(apply_update(optimizer, OptimizerConfig(warmup_steps=0), 0, is_finite=False))
+    assert all(a.equal(b) for a, b in zip(before, module.parameters(), strict=True))
+
+
+def test_the_state_is_there_from_the_beginning_and_changes_nothing():
+    """Against torch's own AdamW, which makes its state at the first update."""
+    torch.manual_seed(0)
+    module, inputs = nn.Linear(4, 3), torch.randn(8, 4)
+    twin = nn.Linear(4, 3)
+    twin.load_state_dict(module.state_dict())
+    config = OptimizerConfig(1e-2, schedule="constant", warmup_steps=0, weight_decay=0.1, max_grad_norm=1e9)
+    ours = build_optimizer(config, module)
+    assert all(ours.state[p].keys() == {"step", "exp_avg", "exp_avg_sq"} for p in module.parameters())
+    groups = [{"params": [twin.weight], "weight_decay": 0.1}, {"params": [twin.bias], "weight_decay": 0.0}]
+    theirs = torch.optim.AdamW(groups, 1e-2, (0.9, 0.95), 1e-8, fused=True)
+    for step in range(3):
+        module(inputs).square().sum().backward()
+        apply_update(ours, config, step)
+        twin(inputs).square().sum().backward()
+        theirs.step()
+        theirs.zero_grad()
+    assert all(a.equal(b) for a, b in zip(module.parameters(), twin.parameters(), strict=True))
+
+
+# ---- bf16 weights and states
+
+
+def test_rounding_by_chance_is_right_on_average():
+    values = torch.tensor([1.001, -1.001, 3e-5, -0.3, 0.0, 2.0]).repeat(40_000, 1)
+    rounded = round_by_chance(values, torch.Generator().manual_seed(0))
+    assert rounded.dtype == torch.bfloat16
+    for column, value in enumerate(values[0].tolist()):
+        neighbours = rounded[:, column].unique().float()
+        assert len(neighbours) <= 2 and neighbours.min() <= value <= neighbours.max()
+        gap = abs(value) * 2**-7  # at most, between two neighbours
+        assert rounded[:, column].double().mean().item() == pytest.approx(value, abs=gap * 0.01 + 1e-12)
+    assert rounded.equal(round_by_chance(values, torch.Generator().manual_seed(0)))
+
+
+def test_bf16_follows_fp32_where_rounding_to_the_nearest_would_stand_still():
+    """1,000 updates of 1e-4 on weights around 1, whose neighbours in bf16 are 0.0039 and more away."""
+    torch.manual_seed(0)
+    config = OptimizerConfig(1e-4, schedule="constant", warmup_steps=0, weight_decay=0.0, max_grad_norm=1e9)
+    start = torch.rand(64, 64) + 0.5
+    whole, half = nn.Linear(64, 64, bias=False), nn.Linear(64, 64, bias=False).bfloat16()
+    with torch.no_grad():
+        whole.weight.copy_(start)
+        half.weight.copy_(start)
+    first = half.weight.detach().clone()
+    optimizers = [build_optimizer(config, module) for module in (whole, half)]
+    assert {type(optimizer).__name__ for optimizer in optimizers} == {"AdamW", "RoundingAdamW"}
+    state = optimizers[1].state[half.weight]
+    assert state["exp_avg"].dtype == state["exp_avg_sq"].dtype == torch.bfloat16
+    direction = torch.randn(64, 64).sign()
+    for step in range(1000):
+        for module, optimizer in zip((whole, half), optimizers, strict=True):
+            module.weight.grad = (direction * (1 + 0.1 * (step % 3))).to(module.weight.dtype)
+            apply_update(optimizer, config, step)
+    moved = (half.weight.float() - first.float()) * -direction
+    assert moved.mean().item() == pytest.approx(0.1, rel=0.01)
+    assert (half.weight.float() - whole.weight).abs().mean() < 0.02

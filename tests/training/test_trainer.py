@@ -6,6 +6,7 @@ import os
 import signal
 import sys
 import threading
+import time
 
 import pytest
 import torch
@@ -14,6 +15,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from openemu3.records import InputError
 from openemu3.training.checkpoint import list_checkpoints, load_checkpoint
 from openemu3.training.trainer import MetricsLog, Trainer, TrainerConfig, cut_metrics, lock_folder
+
+MEASURED = ("time", "steps_per_second", "data_wait", "memory_gb")  # what no two runs have in common
 
 
 class Walker:
@@ -74,7 +77,8 @@ def test_cadences(tmp_path):
     assert learner.validated == [3, 6, 9, 10] and learner.sampled == [5, 10]
     assert [int(path.name[-2:]) for path in list_checkpoints(tmp_path / "checkpoints")] == [4, 8, 10]
     rows = [(row["step"], sorted(row.keys() - {"time"})) for row in read_rows(tmp_path)]
-    logged, measured = ["loss", "step", "steps_per_second"], ["step", "validation/loss"]
+    logged = ["data_wait", "loss", "memory_gb", "position", "step", "steps_per_second"]
+    measured = ["step", "validation/loss"]
     assert rows == [(3, measured), (4, logged), (6, measured), (8, logged), (9, measured), (10, measured)]
     assert json.loads((tmp_path / "run.json").read_text()) == {"kind": "walk"}
 
@@ -135,6 +139,66 @@ def test_a_run_that_has_diverged_ends_with_one_sentence(tmp_path):
     assert load_checkpoint(list_checkpoints(tmp_path / "checkpoints")[-1])[1]["step"] == 6
 
 
+def test_a_skipped_step_is_logged_with_what_was_in_it(tmp_path):
+    learner = Walker(bad_steps=(2,))
+    config = TrainerConfig(tmp_path, num_steps=4, micro_batches=2, log_every=0)
+    Trainer(config, learner, count_from, name_samples=lambda batch: [f"sample-{batch}", "both"]).run()
+    (row,) = [row for row in read_rows(tmp_path) if "skipped_not_finite" in row]
+    assert row["step"] == 3 and row["skipped_samples"] == ["sample-4", "both", "sample-5"]
+
+
+# ---- rates
+
+
+class Counter(Walker):
+    """Says how much it did; a step and its batch take a known time."""
+
+    def learn(self, step, batches):
+        time.sleep(0.02)
+        return super().learn(step, batches) | {"tokens": 100.0, "flops": 3e6}
+
+
+def test_rates_are_of_the_steps_since_the_last_row(tmp_path):
+    def fetch(position):
+        for number in count_from(position):
+            time.sleep(0.01)
+            yield number
+
+    config = TrainerConfig(tmp_path, num_steps=6, log_every=3, peak_flops=1e9)
+    began = time.perf_counter()
+    Trainer(config, Counter(), fetch).run()
+    seconds = time.perf_counter() - began
+    rows = [row for row in read_rows(tmp_path) if "mfu" in row]
+    assert [row["position"] for row in rows] == [3, 6] and "flops" not in rows[0]
+    for row in rows:
+        assert 6 / seconds < row["steps_per_second"] < 1 / 0.03
+        assert row["tokens_per_second"] == pytest.approx(100 * row["steps_per_second"], rel=1e-4)
+        assert row["mfu"] == pytest.approx(3e6 * row["steps_per_second"] / 1e9, rel=1e-4)
+        assert 0.05 < row["data_wait"] < 0.5 and 0.05 < row["memory_gb"] < 50
+
+
+def test_it_can_measure_before_the_first_step(tmp_path):
+    _, learner = run(tmp_path, num_steps=2, validate_first=True, validate_every=0)
+    assert learner.validated == [0, 2] and [row["step"] for row in read_rows(tmp_path) if "validation/loss" in row] == [0, 2]
+
+
+def test_wandb_is_missed_when_it_is_not_there(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "wandb", None)  # as if it were not installed
+    with pytest.raises(InputError, match="wandb is asked for, but not installed"):
+        run(tmp_path, wandb="walks")
+    assert not (tmp_path / "metrics.jsonl").exists()
+
+
+@pytest.mark.slow
+def test_wandb_is_logged_to_when_asked(tmp_path, monkeypatch):
+    wandb = pytest.importorskip("wandb")
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    run(tmp_path / "with", wandb="walks", num_steps=3)
+    assert wandb.run is None  # finished
+    (written,) = (tmp_path / "with" / "wandb").glob("offline-run-*/*.wandb")
+    assert b"validation/loss" in written.read_bytes()
+
+
 # ---- resuming
 
 
@@ -153,7 +217,7 @@ def test_what_was_logged_after_the_checkpoint_is_forgotten(tmp_path):
     run(tmp_path / "whole", save_every=4, validate_every=3)
 
     def read(folder):
-        return [{key: value for key, value in row.items() if key not in ("time", "steps_per_second")} for row in read_rows(folder)]
+        return [{key: value for key, value in row.items() if key not in MEASURED} for row in read_rows(folder)]
 
     assert read(tmp_path / "killed") == read(tmp_path / "whole")
     for name in ("loss", "validation/loss"):
@@ -187,7 +251,7 @@ def test_cut_metrics_leaves_a_whole_file_alone(tmp_path):
 
 def test_a_damaged_checkpoint_and_one_of_something_else_are_told(tmp_path):
     run(tmp_path / "cut")
-    path = list_checkpoints(tmp_path / "cut" / "checkpoints")[-1] / "tensors.safetensors"
+    (path,) = list_checkpoints(tmp_path / "cut" / "checkpoints")[-1].glob("*.safetensors")
     path.write_bytes(path.read_bytes()[:-1])
     with pytest.raises(InputError, match="step-00000010 cannot be read"):
         run(tmp_path / "cut")
@@ -199,6 +263,15 @@ def test_a_damaged_checkpoint_and_one_of_something_else_are_told(tmp_path):
     run(tmp_path / "other")
     with pytest.raises(InputError, match="step-00000010 is of another configuration .*name another run folder"):
         run(tmp_path / "other", Other())
+
+    class Larger(Walker):
+        def list_tensors(self):
+            return super().list_tensors() | {"bias": torch.zeros(3)}
+
+    with pytest.raises(
+        InputError, match=r"step-00000010 is of another configuration \(1 tensors differ, first bias: absent there, float32 \[3\] here"
+    ):
+        run(tmp_path / "other", Larger())
 
 
 def test_metrics_are_written_while_the_run_goes_on(tmp_path):

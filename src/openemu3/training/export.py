@@ -43,7 +43,7 @@ def export_tokenizers(run: Path, config: VisionTokenizerConfig | None, text_rank
     num_text = TextTokenizer.from_file(text_ranks).num_tokens
     with torch.device("meta"):
         module = VisionTokenizer(config)
-    state = check_state(run, take_prefix("average", load_newest(run)), module)
+    state = check_state(run, load_newest(run, "average"), module)
     save_state(folder, state, "vision_tokenizer", torch.bfloat16)
     copy_file(text_ranks, folder / TEXT_RANKS)
     write_config(folder, ModelConfig(vision_tokenizer=asdict(config), num_text=num_text, num_codes=config.codebook_size))
@@ -70,7 +70,7 @@ def export_model(
     vision, vocabulary = read_config(tokenizers), read_vocabulary(tokenizers)
     if vocabulary.size != config.vocab_size:
         raise InputError(f"{run} has a vocabulary of {config.vocab_size}; the tokenizers in {tokenizers} have {vocabulary.size}")
-    state = check_state(run, take_prefix("transformer", load_newest(run)), Transformer(config))
+    state = check_state(run, load_newest(run, "transformer"), Transformer(config))
     folder.mkdir(parents=True, exist_ok=True)
     if tokenizers.resolve() != folder.resolve():
         for name in (TEXT_RANKS, VISION_WEIGHTS):
@@ -119,11 +119,12 @@ def read_description(run: Path, kind: Literal["vision_tokenizer", "language"]) -
     return raw
 
 
-def load_newest(run: Path) -> dict[str, torch.Tensor]:
+def load_newest(run: Path, prefix: str) -> dict[str, torch.Tensor]:
+    """The tensors `prefix/...` of a run's newest checkpoint, whole, without the prefix."""
     checkpoints = list_checkpoints(run / "checkpoints")
     if not checkpoints:
         raise InputError(f"{run} holds no checkpoint; name the folder of a training run")
-    return load_checkpoint(checkpoints[-1])[0]
+    return take_prefix(prefix, load_checkpoint(checkpoints[-1], prefix)[0])
 
 
 def read_vocabulary(tokenizers: Path) -> Vocabulary:

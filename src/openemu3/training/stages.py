@@ -24,7 +24,6 @@ from openemu3.model.transformer import Transformer, TransformerConfig, build_tra
 from openemu3.records import InputError, Sample
 from openemu3.tokenization.encode import read_clip
 from openemu3.tokenization.vision import VisionTokenizer, VisionTokenizerConfig
-from openemu3.training.checkpoint import take_prefix
 from openemu3.training.export import compute_fingerprint, load_newest, read_vocabulary
 from openemu3.training.language_learner import LanguageLearner, LanguageLearnerConfig
 from openemu3.training.trainer import Trainer, TrainerConfig
@@ -78,7 +77,7 @@ def describe_run(kind: Literal["vision_tokenizer", "language"], run: VisionToken
 
 def load_average(run: Path, config: VisionTokenizerConfig) -> VisionTokenizer:
     """The averaged vision tokenizer of a run, which may have fewer codes than `config`."""
-    state = take_prefix("average", load_newest(run))
+    state = load_newest(run, "average")
     try:
         tokenizer = VisionTokenizer(replace(config, codebook_size=len(state["quantize.embedding.weight"])))
         tokenizer.load_state_dict(state)
