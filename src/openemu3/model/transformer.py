@@ -206,10 +206,15 @@ class Transformer(nn.Module):
             self.to_empty(device=generator.device)
         with torch.no_grad():
             for name, parameter in self.named_parameters():
-                if name.endswith("norm.weight"):
-                    parameter.fill_(1.0)
-                else:
-                    parameter.normal_(0.0, self.config.init_std, generator=generator)
+                draw_parameter(name, parameter, self.config.init_std, generator)
+
+
+def draw_parameter(name: str, parameter: Tensor, init_std: float, generator: torch.Generator) -> None:
+    """The fresh value of one parameter, written in place; drawing all of them in the model's order gives `init_weights`."""
+    if name.endswith("norm.weight"):
+        parameter.fill_(1.0)
+    else:
+        parameter.normal_(0.0, init_std, generator=generator)
 
 
 def build_transformer(config: TransformerConfig, generator: torch.Generator, dtype: torch.dtype = torch.float32) -> Transformer:

@@ -13,12 +13,16 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from torch.distributed.tensor import DTensor
 
 
 def compute_cross_entropy(hidden: Tensor, head: Tensor, targets: Tensor, weights: Tensor, chunk: int = 1024) -> tuple[Tensor, Tensor]:
     """(sum of weight * -log p(target) [], the same per token and unweighted [N], without gradient), both fp32."""
+    if isinstance(head, DTensor):
+        return compute_vocabulary_parallel_cross_entropy(hidden, head, targets, weights, chunk)
     return LinearCrossEntropy.apply(hidden, head, targets, weights, chunk, torch.is_grad_enabled())
 
 
@@ -54,3 +58,70 @@ class LinearCrossEntropy(torch.autograd.Function):
     def backward(ctx: Any, grad_sum: Tensor, _: Tensor) -> tuple[Tensor, Tensor, None, None, None, None]:
         grad_hidden, grad_head = ctx.saved_tensors
         return grad_hidden * grad_sum, grad_head * grad_sum, None, None, None, None
+
+
+def compute_vocabulary_parallel_cross_entropy(
+    hidden: Tensor, head: DTensor, targets: Tensor, weights: Tensor, chunk: int = 1024
+) -> tuple[Tensor, Tensor]:
+    """`compute_cross_entropy` for a head whose rows lie on several ranks (tensor parallelism; mesh of one dimension).
+
+    hidden, targets and weights are whole and the same on all of these ranks, and so are the results and the gradient of hidden.
+    A rank has logits for its rows of the vocabulary alone; per token, three numbers are exchanged.
+    """
+    group, rows_per_rank = head.device_mesh.get_group(), -(-head.shape[0] // head.device_mesh.size())  # the last may have fewer
+    first_id = head.device_mesh.get_local_rank() * rows_per_rank
+    return VocabularyParallelCrossEntropy.apply(hidden, head.to_local(), targets, weights, first_id, group, chunk, torch.is_grad_enabled())
+
+
+class VocabularyParallelCrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        head: Tensor,
+        targets: Tensor,
+        weights: Tensor,
+        first_id: int,
+        group: dist.ProcessGroup,
+        chunk: int,
+        make_gradients: bool,
+    ) -> tuple[Tensor, Tensor]:
+        head_cast = head.to(hidden.dtype)
+        grad_hidden = torch.empty_like(hidden)
+        grad_head = torch.zeros_like(head, dtype=torch.float32)
+        losses = torch.empty(len(targets), dtype=torch.float32, device=hidden.device)
+        sums_under_way = []
+        for start in range(0, len(targets), chunk):
+            part = slice(start, start + chunk)
+            logits = (hidden[part] @ head_cast.t()).float()  # [n, V / ranks]
+            highest = logits.amax(1)
+            dist.all_reduce(highest, dist.ReduceOp.MAX, group)
+            logits -= highest.unsqueeze(1)
+            target = (targets[part] - first_id).unsqueeze(1)
+            is_here = (target >= 0) & (target < len(head))
+            target = target.clamp(0, len(head) - 1)
+            target_logit = logits.gather(1, target).mul_(is_here).squeeze(1)
+            grad = logits.exp_()
+            both = torch.stack((grad.sum(1), target_logit))  # [2, n]: normaliser and logit of the target
+            dist.all_reduce(both, group=group)
+            losses[part] = both[0].log() - both[1]
+            if not make_gradients:
+                continue
+            # d loss / d logits = weight * (softmax - one-hot)
+            grad /= both[0].unsqueeze(1)
+            grad.scatter_add_(1, target, -is_here.to(grad.dtype))
+            grad = grad.mul_(weights[part].unsqueeze(1)).to(hidden.dtype)
+            grad_hidden[part] = grad @ head_cast  # of this rank's rows alone; summed while the next chunk is computed
+            sums_under_way.append(dist.all_reduce(grad_hidden[part], group=group, async_op=True))
+            grad_head += (grad.t() @ hidden[part]).float()
+        for work in sums_under_way:
+            work.wait()
+        ctx.save_for_backward(grad_hidden, grad_head.to(head.dtype))
+        ctx.mark_non_differentiable(losses)
+        return (losses * weights).sum(), losses
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_sum: Tensor, _: Tensor) -> tuple[Tensor, Tensor, None, None, None, None, None, None]:
+        grad_hidden, grad_head = ctx.saved_tensors
+        return grad_hidden * grad_sum, grad_head * grad_sum, None, None, None, None, None, None
