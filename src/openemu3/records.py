@@ -10,7 +10,7 @@ Shapes: h, w = token grid (pixels / 8), t = latent frames (4 pixel frames each).
 import math
 import unicodedata
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import numpy as np
@@ -141,6 +141,7 @@ class Sample:
         captions: language code ("en", "zh", ...) -> caption.
         attributes: what curation knows about the item, name -> value.
         split: which part of the data set it belongs to, such as "train" or "validation"; not empty.
+        scores: what curation measured, name -> finite number: "aesthetic", "text_coverage", ...
     """
 
     id: str
@@ -149,6 +150,7 @@ class Sample:
     captions: Mapping[str, str]
     attributes: Mapping[str, str]
     split: str
+    scores: Mapping[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if not self.id:
@@ -159,10 +161,13 @@ class Sample:
             raise InputError(f"sample {self.id!r} has no media bytes; it needs an encoded {self.kind}")
         if not self.split:
             raise InputError(f"sample {self.id!r} has an empty split; name one, such as 'train'")
-        for field in ("captions", "attributes"):
-            for key, value in getattr(self, field).items():
+        for name in ("captions", "attributes"):
+            for key, value in getattr(self, name).items():
                 if not isinstance(key, str) or not isinstance(value, str):
-                    raise InputError(f"sample {self.id!r} has {field} entry {key!r}: {value!r}; keys and values must be str")
+                    raise InputError(f"sample {self.id!r} has {name} entry {key!r}: {value!r}; keys and values must be str")
+        for key, number in self.scores.items():
+            if not isinstance(key, str) or not isinstance(number, int | float) or not math.isfinite(number):
+                raise InputError(f"sample {self.id!r} has the score {key!r}: {number!r}; names must be str and scores finite numbers")
 
 
 def check_unicode(text: str) -> None:

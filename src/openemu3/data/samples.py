@@ -1,6 +1,6 @@
 """Samples on disk: Parquet files whose rows are `records.Sample`, written whole or not at all, read as a stream.
 
-In and out: Sample records; one column per field, captions and attributes as maps of strings.
+In and out: Sample records; one column per field, captions and attributes as maps of strings, scores as a map of numbers.
 The surprising thing: row groups are small (64 rows), because media bytes are the bulk of a row and a reader holds one group.
 """
 
@@ -25,8 +25,11 @@ SAMPLES_SCHEMA = pa.schema(
         pa.field("captions", pa.map_(pa.string(), pa.string()), nullable=False),
         pa.field("attributes", pa.map_(pa.string(), pa.string()), nullable=False),
         pa.field("split", pa.string(), nullable=False),
+        pa.field("scores", pa.map_(pa.string(), pa.float64()), nullable=False),
     ]
 )
+# Files from before there were scores are read as having none.
+_SCHEMA_WITHOUT_SCORES = SAMPLES_SCHEMA.remove(SAMPLES_SCHEMA.get_field_index("scores"))
 ROWS_PER_GROUP = 64
 
 
@@ -88,8 +91,9 @@ def read_columns(
                 wanted = pc.and_(wanted, pc.equal(keys["kind"], kind))
             if not pc.any(wanted).as_py():
                 continue
-            table = _read_group(file, group, list(columns), path).filter(wanted)
-            yield from table.to_pylist(maps_as_pydicts="strict")
+            stored = [name for name in columns if name in file.schema_arrow.names]
+            for row in _read_group(file, group, stored, path).filter(wanted).to_pylist(maps_as_pydicts="strict"):
+                yield {name: row[name] if name in row else {} for name in columns}
 
 
 def _open(path: Path | str) -> pq.ParquetFile:
@@ -99,7 +103,7 @@ def _open(path: Path | str) -> pq.ParquetFile:
         file = pq.ParquetFile(path)
     except pa.ArrowInvalid as error:
         raise InputError(f"samples file {str(path)!r} is not a readable Parquet file") from error
-    if not file.schema_arrow.equals(SAMPLES_SCHEMA):
+    if not (file.schema_arrow.equals(SAMPLES_SCHEMA) or file.schema_arrow.equals(_SCHEMA_WITHOUT_SCORES)):
         fields = ", ".join(f"{field.name}: {field.type}" for field in file.schema_arrow)
         file.close()
         raise InputError(f"samples file {str(path)!r} has the columns ({fields}); they must be those of SAMPLES_SCHEMA")
@@ -121,4 +125,5 @@ def _as_row(sample: Sample) -> dict[str, Any]:
         "captions": sorted(sample.captions.items()),
         "attributes": sorted(sample.attributes.items()),
         "split": sample.split,
+        "scores": sorted(sample.scores.items()),
     }
