@@ -150,7 +150,7 @@ def test_foreign_and_damaged_files_are_told(path, tmp_path):
         with pytest.raises(InputError, match=name):
             DocumentTable([tmp_path / name], {"train"})
     pq.write_table(pa.table({"a": [1]}), tmp_path / "other.parquet")
-    with pytest.raises(InputError, match="other.parquet does not hold token documents; `emu3 tokenize` writes them"):
+    with pytest.raises(InputError, match="other.parquet does not hold token documents of this version; `emu3 tokenize` writes them"):
         DocumentTable([tmp_path / "other.parquet"], {"train"})
     pq.write_table(DOCUMENTS_SCHEMA.empty_table(), tmp_path / "anonymous.parquet")  # of no known tokenizer
     with pytest.raises(InputError, match="anonymous.parquet does not hold token documents"):

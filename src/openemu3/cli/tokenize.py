@@ -62,7 +62,9 @@ class Tokenize:
         from openemu3.tokenization.encode import EncodeConfig, EncodedDocument, encode_samples
         from openemu3.training.export import compute_fingerprint, load_tokenizers
 
-        config = EncodeConfig(self.languages, self.batch_size, self.clip_frames, self.clip_stride)
+        config = EncodeConfig(
+            languages=self.languages, batch_tokens=self.batch_size * 64, clip_frames=self.clip_frames, clip_stride=self.clip_stride
+        )
         check_files("samples", self.samples)
         check_outputs([self.output], [".parquet"])
         began = time.monotonic()

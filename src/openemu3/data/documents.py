@@ -11,7 +11,6 @@ Shapes: B documents, S tokens.
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -25,63 +24,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from openemu3.data.shards import DOCUMENTS_SCHEMA, _open_parquet, encode_runs, list_shards, write_documents
 from openemu3.records import InputError
-from openemu3.tokenization.encode import EncodedDocument
 from openemu3.tokenization.sequence import Role
-
-DOCUMENTS_SCHEMA = pa.schema(
-    [
-        pa.field("source", pa.string(), nullable=False),
-        pa.field("sample_id", pa.string(), nullable=False),
-        pa.field("split", pa.string(), nullable=False),
-        pa.field("token_ids", pa.list_(pa.uint32()), nullable=False),
-        pa.field("role_values", pa.list_(pa.uint8()), nullable=False),  # run-length coded: the role of each run ...
-        pa.field("role_lengths", pa.list_(pa.uint32()), nullable=False),  # ... and its number of tokens
-    ]
-)
-
-
-def write_documents(path: Path | str, documents: Iterable[EncodedDocument], fingerprint: str, rows_per_group: int = 1024) -> int:
-    """Write documents to one Parquet file, which appears only when complete; the number written.
-
-    fingerprint names the tokenizers that made the ids; it is kept in the file's metadata and checked on reading.
-    """
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    schema = DOCUMENTS_SCHEMA.with_metadata({"openemu3.fingerprint": fingerprint})
-    count = 0
-    try:
-        with pq.ParquetWriter(partial, schema, compression="zstd") as writer:
-            rows: list[dict[str, object]] = []
-            for document in documents:
-                values, lengths = encode_runs(document.encoded.roles)
-                rows.append(
-                    {
-                        "source": document.source,
-                        "sample_id": document.sample_id,
-                        "split": document.split,
-                        "token_ids": document.encoded.token_ids,
-                        "role_values": values,
-                        "role_lengths": lengths,
-                    }
-                )
-                count += 1
-                if len(rows) == rows_per_group:
-                    writer.write_table(pa.Table.from_pylist(rows, schema))
-                    rows = []
-            if rows:
-                writer.write_table(pa.Table.from_pylist(rows, schema))
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
-    return count
-
-
-def encode_runs(roles: NDArray[np.uint8]) -> tuple[NDArray[np.uint8], NDArray[np.uint32]]:
-    """(value, length) of each run of equal roles."""
-    starts = np.flatnonzero(np.diff(roles, prepend=np.uint8(255)))
-    return roles[starts], np.diff(starts, append=len(roles)).astype(np.uint32)
 
 
 class DocumentTable:
@@ -93,8 +38,8 @@ class DocumentTable:
         self.sample_ids: list[str] = []
         ids: list[NDArray[np.uint32]] = []
         roles: list[NDArray[np.uint8]] = []
-        for path in paths:
-            with _open(Path(path), fingerprint) as file:
+        for path in list_shards(paths):
+            with _open_parquet(path, fingerprint) as file:
                 for group in range(file.num_row_groups):
                     for row in _read_group(file, group, path):
                         if row["split"] not in wanted:
@@ -118,24 +63,14 @@ class DocumentTable:
         return self.token_ids[part], self.roles[part]
 
 
-def _open(path: Path, fingerprint: str | None) -> pq.ParquetFile:
-    try:
-        file = pq.ParquetFile(path)
-    except (OSError, pa.ArrowException) as error:
-        raise InputError(f"{path} cannot be read as token documents ({error})") from error
-    found = (file.schema_arrow.metadata or {}).get(b"openemu3.fingerprint", b"").decode()
-    if not found or file.schema_arrow.names != DOCUMENTS_SCHEMA.names:
-        raise InputError(f"{path} does not hold token documents; `emu3 tokenize` writes them")
-    if fingerprint is not None and found != fingerprint:
-        raise InputError(f"{path} was tokenised by {found!r}, but the model's tokenizers are {fingerprint!r}; tokenise again")
-    return file
-
-
 def _read_group(file: pq.ParquetFile, group: int, path: Path | str) -> list[dict[str, Any]]:
     try:
         return file.read_row_group(group).to_pylist()
     except (OSError, pa.ArrowException) as error:
         raise InputError(f"{path} is damaged in row group {group} ({error})") from error
+
+
+__all__ = ["DOCUMENTS_SCHEMA", "DocumentBatches", "DocumentTable", "encode_runs", "write_documents"]  # until training takes TokenBatch
 
 
 @dataclass(frozen=True)
