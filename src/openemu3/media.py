@@ -205,6 +205,20 @@ def probe_video(source: Source) -> VideoInfo:
             return VideoInfo(height, width, float(_get_rate(stream, name)), duration)
 
 
+@contextmanager
+def open_video(source: Source) -> Iterator[av.container.InputContainer]:
+    """A video file's container, for who wants its packets, of the allowed formats alone; its first video stream is the one that counts.
+
+    Raises InputError as `stream_video` does, also for damage that FFmpeg finds while the packets are read.
+    """
+    name = _describe_source(source, "video")
+    with _open_source(source, name) as file, _open_container(file, name) as container:
+        try:
+            yield container
+        except av.error.FFmpegError as error:
+            raise InputError(f"{name} is not a video that can be read, or is damaged: {_summarize(error)}") from error
+
+
 def read_video(source: Source, fps: float | None = None, max_frames: int | None = None, start: float = 0.0) -> tuple[torch.Tensor, float]:
     """Read a clip at once: pixels [3, T, H, W] and its frames per second. See `stream_video` for the arguments and errors.
 
