@@ -12,7 +12,7 @@ REAL_VIDEOS = Path(__file__).parents[2] / ".cache" / "videos"
 
 
 def draw_frames(lengths, size=(48, 72), seed=0):
-    """uint8 [sum(lengths), H, W, 3]: one smooth random picture per scene, which moves by two pixels a frame, so that no two frames agree."""
+    """uint8 [sum(lengths), H, W, 3]: a random picture per scene, which moves by two pixels a frame, so that no two agree."""
     random, (height, width), frames = np.random.default_rng(seed), size, []
     for length in lengths:
         coarse = random.integers(0, 256, (height // 8 + 1, width // 8 + 1, 3))

@@ -91,7 +91,7 @@ def test_a_single_frame_is_a_scene(draw_frames, encode_film):
     assert find_scenes(encode_film(draw_frames([1]), fps=25)) == (Scene(0, 1, 0.0, 0.04),)
 
 
-# ---------------------------------------------------------------------------------------------------------------------- against the original
+# ------------------------------------------------------------------------------------------------------------- against the original
 
 
 def run_pyscenedetect(path):
@@ -119,7 +119,7 @@ def test_many_cuts_against_pyscenedetect(draw_frames, encode_film, tmp_path):
     assert list_spans(find_scenes(path)) == run_pyscenedetect(path)
 
 
-# ------------------------------------------------------------------------------------------------------------------------ files from strangers
+# --------------------------------------------------------------------------------------------------------------- files from strangers
 
 
 def test_no_good_files_say_why(encode_sound, draw_frames, encode_film, tmp_path):
