@@ -78,9 +78,9 @@ def read_prompts(path: Path, kind: Kind = "image") -> list[tuple[str, Kind]]:
     """
     found: dict[tuple[str, Kind], None] = {}
     with path.open("rb") as file:
-        for number, line in enumerate(file, 1):
+        for number, line in enumerate(iter(lambda: file.readline(MAX_PROMPT_BYTES + 1), b""), 1):
             if len(line) > MAX_PROMPT_BYTES:
-                raise InputError(f"{path}, line {number} has {len(line)} bytes; at most {MAX_PROMPT_BYTES} are allowed")
+                raise InputError(f"{path}, line {number} is longer than the {MAX_PROMPT_BYTES} bytes that are allowed")
             try:
                 text = line.decode("utf-8-sig" if number == 1 else "utf-8").strip()
                 if not text:

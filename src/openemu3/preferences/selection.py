@@ -223,10 +223,10 @@ def read_vote_lines(path: Path) -> Iterator[VoteRecord]:
     Raises InputError, which names the line.
     """
     with path.open("rb") as file:
-        for number, line in enumerate(file, 1):
+        for number, line in enumerate(iter(lambda: file.readline(MAX_LINE_BYTES + 1), b""), 1):
             try:
                 if len(line) > MAX_LINE_BYTES:
-                    raise InputError(f"it has {len(line)} bytes; at most {MAX_LINE_BYTES} are allowed")
+                    raise InputError(f"it is longer than the {MAX_LINE_BYTES} bytes that are allowed")
                 if line.strip():
                     yield _as_record(json.loads(line))
             except (ValueError, RecursionError) as error:
