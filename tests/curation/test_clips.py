@@ -1,4 +1,4 @@
-"""clips.py: each clip's decoded frames against the source's, exactly for copies, and for the others closely enough to tell neighbours apart."""
+"""clips.py: each clip's frames against the source's, exactly for copies, closely enough to tell neighbours apart for the others."""
 
 import numpy as np
 import pytest
