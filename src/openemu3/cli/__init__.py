@@ -19,6 +19,7 @@ from openemu3 import __version__
 from openemu3.cli.evaluate import Evaluate
 from openemu3.cli.generate import Answer, Chat, Demo, Describe, Generate
 from openemu3.cli.options import Command
+from openemu3.cli.preferences import Preferences
 from openemu3.cli.select import Select
 from openemu3.cli.tokenize import Tokenize
 from openemu3.cli.train import Export, Train
@@ -46,6 +47,7 @@ COMMANDS: dict[str, Callable[..., Command]] = {
     "tokenize": Tokenize,
     "train": Train,
     "export": Export,
+    "preferences": Preferences,
 }
 
 
