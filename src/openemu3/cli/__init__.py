@@ -16,6 +16,7 @@ from collections.abc import Callable, Sequence
 import tyro
 
 from openemu3 import __version__
+from openemu3.cli.curate import Curate
 from openemu3.cli.evaluate import Evaluate
 from openemu3.cli.generate import Answer, Chat, Demo, Describe, Generate
 from openemu3.cli.options import Command
@@ -44,6 +45,7 @@ COMMANDS: dict[str, Callable[..., Command]] = {
     "evaluate": Evaluate,
     "demo": Demo,
     "select": Select,
+    "curate": Curate,
     "tokenize": Tokenize,
     "train": Train,
     "export": Export,

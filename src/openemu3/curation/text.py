@@ -15,7 +15,6 @@ from numpy.typing import NDArray
 
 from openemu3.records import InputError
 
-
 # Tallest line of text, as a share of the picture's shorter edge.
 MAX_LINE_HEIGHT = 0.5
 
@@ -41,7 +40,9 @@ class TextDetector:
         try:
             from rapidocr import RapidOCR
         except ImportError as error:
-            raise InputError("text detection needs rapidocr, which is not installed; install it: pip install 'openemu3[curation]'") from error
+            raise InputError(
+                "text detection needs rapidocr, which is not installed; install it: pip install 'openemu3[curation]'"
+            ) from error
         parameters: dict[str, Any] = {
             "Global.log_level": "error",
             "Global.use_cls": False,

@@ -1,0 +1,292 @@
+"""`emu3 curate`: raw pictures and films -> filtered samples, and a page that says what was dropped and why.
+
+The steps are those of the Emu3 paper, section 2.1. Scoring is the long part and can be stopped at any time; thresholds come after it.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+from tyro.conf import Positional, subcommand
+
+from openemu3.cli.options import Device, Json, MoveBar, choose_device, print_answer, show_progress
+from openemu3.records import InputError
+
+if TYPE_CHECKING:
+    from openemu3.curation.filters import Thresholds
+    from openemu3.curation.pipeline import Run
+
+Sources = tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class CurateSource:
+    """What is read, and where it goes; the same for pictures and films."""
+
+    sources: Positional[Sources]
+    """Folders (searched through), .tar, .parquet or .jsonl files, or object-store URLs of these, such as s3://bucket/folder."""
+    output: Path
+    """Run folder. The same command again goes on where the last one stopped."""
+    language: str = "en"
+    """Language of captions that do not name theirs."""
+    caption_column: str | None = None
+    """Column of the captions in tables and lists; otherwise captions, caption, text, txt or prompt."""
+    media_column: str | None = None
+    """Column of the media or their paths in tables and lists; otherwise one of the usual names."""
+    id_column: str | None = None
+    """Column of the ids in tables and lists; otherwise id, key or uid."""
+    root: tuple[Path, ...] = ()
+    """Folders that tables and lists may name files in, beside their own."""
+    aesthetic_clip: Path | None = None
+    """Folder of CLIP ViT-L/14 (openai/clip-vit-large-patch14 in safetensors)."""
+    aesthetic_head: Path | None = None
+    """LAION's improved aesthetic predictor, sac+logos+ava1-l14-linearMSE, as safetensors (recipes/convert_score_weights.py)."""
+    no_aesthetic: bool = False
+    """Leave the aesthetic step out."""
+    hps_clip: Path | None = None
+    """Folder of CLIP ViT-H/14 with its tokenizer, for HPSv2.1 and MPS (laion/CLIP-ViT-H-14-laion2B-s32B-b79K)."""
+    hps_weights: Path | None = None
+    """HPSv2.1 as safetensors: one more column, for choosing quality-tuning data."""
+    mps_weights: Path | None = None
+    """MPS as safetensors: one more column, for choosing quality-tuning data."""
+    max_hash_distance: int = 3
+    """Bits of 64 in which the perceptual hashes of near-duplicates differ, 0 to 8; -1 keeps near-duplicates."""
+    validation_share: float = 0.0
+    """Part of the samples that goes into the split "validation"."""
+    source_name: str = "curated"
+    """What the samples say about where they are from."""
+    seconds_per_file: float = 30.0
+    """Longest time for decoding and measuring one picture; a film has ten times as long."""
+    rows_per_part: int = 256
+    """Files that are done or not done together, when a run is stopped."""
+    runner: Literal["native", "ray"] = "native"
+    """native: this machine; ray: a Ray cluster."""
+    ray_address: str | None = None
+    """A running cluster, such as ray://host:10001 or auto; otherwise ray starts one on this machine."""
+    workers: int | None = None
+    """Processes for each step on the cluster; natively there is a thread for each core."""
+    device: Device = "auto"
+    """Where CLIP models compute."""
+    json: Json = False
+
+
+@dataclass(frozen=True)
+class CurateImages(CurateSource):
+    """Pictures -> samples. Steps: decode, resolution, aesthetic score, for those below it text and colours, duplicates."""
+
+    min_width: int = 512
+    """Pixels."""
+    min_height: int = 512
+    """Pixels."""
+    min_aesthetic: float = 5.5
+    """LAION's score, 1 to 10. Pictures below are kept if they have colours and little text."""
+    max_text_coverage: float = 0.05
+    """Largest share of a picture under text, for pictures below min-aesthetic."""
+    min_colour_spread: float = 3.0
+    """Spread of colours in 8-bit levels, for the same pictures; grey, sepia and flat ones have about 0."""
+    embed: bool = False
+    """Keep CLIP's features in the scores, which `emu3 curate representatives` chooses by."""
+
+    def run(self) -> None:
+        from openemu3.curation.filters import ImageThresholds
+
+        thresholds = ImageThresholds(
+            self.min_width,
+            self.min_height,
+            None if self.no_aesthetic else self.min_aesthetic,
+            self.max_text_coverage,
+            self.min_colour_spread,
+            self.max_hash_distance,
+        )
+        _curate(self, "image", thresholds, self.embed)
+
+
+@dataclass(frozen=True)
+class CurateVideos(CurateSource):
+    """Films -> samples, one for each clip. Steps: scenes, length and resolution, text, motion, aesthetic score, duplicates."""
+
+    min_seconds: float = 1.0
+    """Shortest clip."""
+    min_short_edge: int = 256
+    """Pixels."""
+    min_aesthetic: float = 5.0
+    """LAION's score, 1 to 10, of the worst of three frames."""
+    max_text_coverage: float = 0.05
+    """Largest share of the frames under text."""
+    min_motion: float = 0.001
+    """Mean optical flow per frame, as a share of the shorter edge; below it nothing happens."""
+    max_motion: float = 0.05
+    """The same; above it the picture flickers or jumps."""
+
+    def run(self) -> None:
+        from openemu3.curation.filters import VideoThresholds
+
+        thresholds = VideoThresholds(
+            self.min_seconds,
+            self.min_short_edge,
+            self.max_text_coverage,
+            self.min_motion,
+            self.max_motion,
+            None if self.no_aesthetic else self.min_aesthetic,
+            self.max_hash_distance,
+        )
+        _curate(self, "video", thresholds, False)
+
+
+@dataclass(frozen=True)
+class CurateReport:
+    """Write the report of a run anew; with thresholds, decide anew first, from the scores that are there, without opening a file."""
+
+    run_folder: Positional[Path]
+    """Run folder of `emu3 curate images` or `videos`."""
+    min_width: int | None = None
+    """As in the run, like all that follow, unless given here."""
+    min_height: int | None = None
+    """Pixels."""
+    min_short_edge: int | None = None
+    """Pixels, of clips."""
+    min_seconds: float | None = None
+    """Shortest clip."""
+    min_aesthetic: float | None = None
+    """LAION's score."""
+    no_aesthetic: bool = False
+    """Leave the aesthetic step out."""
+    max_text_coverage: float | None = None
+    """Largest share under text."""
+    min_colour_spread: float | None = None
+    """Spread of colours, of pictures."""
+    min_motion: float | None = None
+    """Least motion of clips."""
+    max_motion: float | None = None
+    """Most motion of clips."""
+    max_hash_distance: int | None = None
+    """Bits in which near-duplicates differ."""
+    samples: bool = False
+    """Write the samples of the new decisions, too; this reads the files that are kept."""
+    validation_share: float = 0.0
+    """Part of the samples that goes into the split "validation"."""
+    source_name: str = "curated"
+    """What the samples say about where they are from."""
+    json: Json = False
+
+    def run(self) -> None:
+        from dataclasses import fields, replace
+
+        from openemu3.curation.pipeline import Run, decide_all, read_decisions
+
+        began = time.monotonic()
+        run = Run.load(self.run_folder)
+        _, thresholds = read_decisions(run)
+        known = {field.name for field in fields(thresholds)}
+        given = {
+            name: getattr(self, name)
+            for name in (*(field.name for field in fields(self) if field.name.startswith(("min_", "max_"))),)
+            if getattr(self, name) is not None
+        }
+        strange = sorted(set(given) - known)
+        if strange:
+            allowed = ", ".join(sorted(known))
+            raise InputError(f"{strange[0]} is no threshold of {run.config.source.kind}s; allowed are {allowed}")
+        if self.no_aesthetic:
+            given["min_aesthetic"] = None
+        if given:
+            thresholds = replace(thresholds, **given)
+        decide_all(run, thresholds)
+        _finish(run, self.samples, self.validation_share, self.source_name, self.json, began)
+
+
+def _curate(options: CurateSource, kind: Literal["image", "video"], thresholds: Thresholds, embed: bool) -> None:
+    from openemu3.curation.pipeline import Run, RunConfig, ScoreConfig, decide_all, score_items, write_manifest
+    from openemu3.curation.sources import SourceConfig
+
+    began = time.monotonic()
+    if not options.sources:
+        raise InputError("no source was given; name at least one folder, file or URL")
+    if not options.no_aesthetic and not (options.aesthetic_clip and options.aesthetic_head):
+        from openemu3.curation.clip_scores import AESTHETIC_CLIP, AESTHETIC_HEAD
+
+        raise InputError(
+            f"the aesthetic step needs two models: fetch {AESTHETIC_CLIP} and name its folder with --aesthetic-clip; fetch "
+            f"{AESTHETIC_HEAD}, convert it with recipes/convert_score_weights.py and name it with --aesthetic-head; "
+            "or leave the step out with --no-aesthetic"
+        )
+    score = ScoreConfig(
+        aesthetic_clip=None if options.no_aesthetic else _to_text(options.aesthetic_clip),
+        aesthetic_head=None if options.no_aesthetic else _to_text(options.aesthetic_head),
+        hps_clip=_to_text(options.hps_clip),
+        hps_weights=_to_text(options.hps_weights),
+        mps_weights=_to_text(options.mps_weights),
+        embed=embed,
+        seconds_per_file=options.seconds_per_file,
+        device=choose_device(options.device),
+    )
+    source = SourceConfig(
+        kind=kind,
+        language=options.language,
+        roots=tuple(str(root) for root in options.root),
+        caption_column=options.caption_column,
+        media_column=options.media_column,
+        id_column=options.id_column,
+    )
+    run = Run.open(options.output, RunConfig(options.sources, source, score, options.rows_per_part))
+    with show_progress("listing") as move:
+        report = _make_mover(move)
+        if write_manifest(run, report) == 0:
+            raise InputError(f"there are no {kind}s in {', '.join(options.sources)}")
+        score_items(run, options.runner, options.ray_address, options.workers, report)
+    decide_all(run, thresholds)
+    _finish(run, True, options.validation_share, options.source_name, options.json, began)
+
+
+def _finish(run: Run, with_samples: bool, validation_share: float, source_name: str, as_json: bool, began: float) -> None:
+    """Samples and report, and a line for each step."""
+    from openemu3.curation.pipeline import SampleConfig, write_samples
+    from openemu3.curation.report import write_report
+    from openemu3.data.samples import write_samples as write_file
+
+    files: list[Path] = []
+    if with_samples:
+        with show_progress("writing samples") as move:
+            config = SampleConfig(validation_share=validation_share, source=source_name)
+            files = write_samples(run, config, write_file, _make_mover(move))
+    report = write_report(run)
+    lines = [f"{report['kept']} of {report['rows']} kept; {run.folder / 'report.html'}"]
+    for step in report["funnel"]:
+        for reason, count in step["dropped"].items():
+            lines.append(f"  {count:>8}  {step['step']}: {reason}")
+    lines.extend(str(path) for path in files)
+    answer: dict[str, Any] = {
+        "folder": str(run.folder),
+        "kept": report["kept"],
+        "rows": report["rows"],
+        "funnel": report["funnel"],
+        "files": [str(path) for path in files],
+        "report": str(run.folder / "report.html"),
+        "seconds": round(time.monotonic() - began, 3),
+    }
+    print_answer(as_json, "\n".join(lines), answer)
+
+
+def _make_mover(move: MoveBar) -> Any:
+    return lambda done, total, title: move(done, total or done, title)
+
+
+def _to_text(path: Path | None) -> str | None:
+    return None if path is None else str(path)
+
+
+@dataclass(frozen=True)
+class Curate:
+    """Filter pictures and films as the paper does, into samples for `emu3 tokenize`, with a report of what was dropped and why."""
+
+    what: (
+        Annotated[CurateImages, subcommand("images")]
+        | Annotated[CurateVideos, subcommand("videos")]
+        | Annotated[CurateReport, subcommand("report")]
+    )
+
+    def run(self) -> None:
+        self.what.run()

@@ -1,0 +1,99 @@
+"""One picture, looked at in the guarded child process: is it sound, how large, which colours, and what it resembles.
+
+In: where an item lies. Out: its measures, a copy small enough for the models that come after, and a thumbnail for the report. The
+surprising thing: nothing is decided here. What cannot be decoded has a `reason`; all else is a number for the thresholds to judge later.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import time
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from openemu3.curation.sources import Item, read_item
+from openemu3.media import detect_kind, open_image
+from openemu3.records import InputError
+
+# Colours are measured on a copy of this size: averages of colours need no more.
+_COLOUR_SIDE = 128
+_HASH_SIDE = 8
+
+
+def inspect_image(arguments: dict[str, Any], payload: bytes) -> tuple[dict[str, Any], bytes]:
+    """Reads, decodes and measures one picture. Called by `guard.Guard`.
+
+    arguments  item: fields of `Item`; max_bytes; working_side and thumbnail_side: longest sides of the copies in pixels.
+    Answers with {"rows": [...]}, one row: {"reason", "detail"} if it is refused, else its measures, with the lengths of the two parts of
+    the payload: the working copy (uint8 RGB, pixels_height x pixels_width) and the thumbnail (WebP).
+    """
+    row, pixels, thumbnail = _inspect(arguments)
+    return {"rows": [row | {"pixels_length": len(pixels), "thumbnail_length": len(thumbnail)}]}, pixels + thumbnail
+
+
+def _inspect(arguments: dict[str, Any]) -> tuple[dict[str, Any], bytes, bytes]:
+    began = time.perf_counter()
+    try:
+        data = read_item(Item(**arguments["item"]), arguments["max_bytes"])
+    except InputError as error:
+        return {"reason": "too large" if "too large" in str(error) else "missing", "detail": str(error)}, b"", b""
+    after_read = time.perf_counter()
+    measures: dict[str, Any] = {"num_bytes": len(data), "sha256": hashlib.sha256(data).hexdigest(), "seconds_read": after_read - began}
+    if not data:
+        return measures | {"reason": "empty", "detail": "it has 0 bytes"}, b"", b""
+    try:
+        if detect_kind(data) == "video":
+            return measures | {"reason": "moving", "detail": "it is animated or a film; emu3 curate videos takes those"}, b"", b""
+        picture = open_image(data)
+    except InputError as error:
+        too_large = "too large" in str(error)
+        return measures | {"reason": "too large" if too_large else "unreadable", "detail": str(error)}, b"", b""
+    measures |= {"width": picture.width, "height": picture.height, "seconds_decode": time.perf_counter() - after_read}
+    after_decode = time.perf_counter()
+    picture.thumbnail((arguments["working_side"], arguments["working_side"]), Image.Resampling.BOX, reducing_gap=None)
+    small = picture.copy()
+    small.thumbnail((_COLOUR_SIDE, _COLOUR_SIDE), Image.Resampling.BOX)
+    measures |= measure_colours(np.asarray(small))
+    measures["hash"] = f"{hash_picture(picture):016x}"
+    thumbnail = encode_thumbnail(picture, arguments["thumbnail_side"])
+    pixels = picture.tobytes()
+    measures |= {
+        "pixels_height": picture.height,
+        "pixels_width": picture.width,
+        "num_pictures": 1,
+        "seconds_measure": time.perf_counter() - after_decode,
+    }
+    return measures, pixels, thumbnail
+
+
+def measure_colours(picture: NDArray[np.uint8]) -> dict[str, float]:
+    """uint8 [H, W, 3] -> what its colours are like, in 8-bit levels.
+
+    colour_spread  standard deviation of the colours away from their main axis: 0 for grey, for sepia and for one flat colour, since in each
+                   of these all colours lie on one line; a colour photograph has 10 to 40.
+    contrast       standard deviation of the brightness (BT.601): 0 for a flat picture.
+    """
+    colours = picture.reshape(-1, 3).astype(np.float64)
+    variances = np.linalg.eigvalsh(np.cov(colours, rowvar=False, bias=True))  # ascending
+    contrast = (colours @ np.array([0.299, 0.587, 0.114])).std()
+    return {"colour_spread": float(np.sqrt(max(variances[0] + variances[1], 0.0))), "contrast": float(contrast)}
+
+
+def hash_picture(picture: Image.Image) -> int:
+    """The 64-bit perceptual hash: signs of the low frequencies of the picture's brightness. Like pictures differ in few bits."""
+    import imagehash
+
+    bits = imagehash.phash(picture, hash_size=_HASH_SIDE).hash.ravel()
+    return int.from_bytes(np.packbits(bits).tobytes(), "big")
+
+
+def encode_thumbnail(picture: Image.Image, side: int) -> bytes:
+    small = picture.copy()
+    small.thumbnail((side, side), Image.Resampling.BICUBIC)
+    buffer = io.BytesIO()
+    small.save(buffer, "WEBP", quality=70, method=2)
+    return buffer.getvalue()

@@ -1,0 +1,513 @@
+"""A curation run in a folder: list what there is, score it, decide, and hand out the samples that are kept.
+
+In: sources and configurations. Out, each step from the files of the one before it, each file written aside and renamed:
+
+    run.json                      what was asked; another run in the same folder is refused
+    manifest/part-NNNNN.parquet   items (sources.MANIFEST_SCHEMA), then complete.json
+    scores/part-NNNNN.parquet     one row for each picture or clip of that part of the manifest (SCORES_SCHEMA)
+    decisions.parquet             one row for each of those, in their order: refused by which step and why, or kept
+    samples/                      written by the caller from `iterate_samples`
+
+The surprising thing: a run needs no notes about how far it came. A part that is there is done, whatever happened to the process that
+wrote it; so `kill -9` costs the parts that were being worked on, and the next run does exactly these.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from numpy.typing import NDArray
+
+from openemu3.curation import filters
+from openemu3.curation.engine import Runner, start_engine
+from openemu3.curation.filters import ImageThresholds, Thresholds, VideoThresholds
+from openemu3.curation.sources import MANIFEST_SCHEMA, Item, SourceConfig, list_items, read_item
+from openemu3.media import write_aside
+from openemu3.records import InputError, Sample
+
+if TYPE_CHECKING:
+    from openemu3.curation.films import ClipCutter
+
+Progress = Callable[[int, int, str], None]
+
+SCORES = ("aesthetic", "text_coverage", "colour_spread", "contrast", "motion", "hps", "mps")
+TIMES = ("read", "decode", "measure", "text", "clip")
+SCORES_SCHEMA = pa.schema(
+    [
+        *MANIFEST_SCHEMA,
+        pa.field("start", pa.float64()),  # seconds; of clips alone, like the next four
+        pa.field("seconds", pa.float64()),
+        pa.field("fps", pa.float64()),
+        pa.field("start_frame", pa.int64()),
+        pa.field("end_frame", pa.int64()),
+        pa.field("reason", pa.string()),  # why it could not be decoded; "" if it could
+        pa.field("detail", pa.string()),
+        pa.field("num_bytes", pa.int64()),
+        pa.field("sha256", pa.string()),
+        pa.field("hash", pa.uint64()),
+        pa.field("width", pa.int32()),
+        pa.field("height", pa.int32()),
+        *(pa.field(name, pa.float64()) for name in SCORES),
+        pa.field("embedding", pa.list_(pa.float32())),
+        pa.field("thumbnail", pa.binary()),
+        *(pa.field(f"seconds_{name}", pa.float64()) for name in TIMES),
+    ]
+)
+DECISIONS_SCHEMA = pa.schema(
+    [pa.field("id", pa.string()), pa.field("step", pa.string()), pa.field("reason", pa.string()), pa.field("duplicate_of", pa.int64())]
+)
+
+
+@dataclass(frozen=True)
+class ScoreConfig:
+    """What is measured, and with which models. A path that is None leaves that score out.
+
+    Args:
+        aesthetic_clip, aesthetic_head: folder of CLIP ViT-L/14 and file of LAION's predictor; both or neither.
+        hps_clip, hps_weights: folder of CLIP ViT-H/14 with its tokenizer, and HPSv2.1. Scores items that have a caption.
+        mps_weights: MPS, with the same folder.
+        text: whether to look for text.
+        embed: keep CLIP's features (of aesthetic_clip), for choosing representatives.
+        max_bytes: of one item.
+        seconds_per_file: longest time for reading, decoding and measuring one picture; a film has ten times as long, and its own length.
+        working_side, thumbnail_side: longest sides in pixels of what the models see, and of what the report shows.
+        device: of the CLIP models.
+    """
+
+    aesthetic_clip: str | None = None
+    aesthetic_head: str | None = None
+    hps_clip: str | None = None
+    hps_weights: str | None = None
+    mps_weights: str | None = None
+    text: bool = True
+    embed: bool = False
+    max_bytes: int = 512 << 20
+    seconds_per_file: float = 30.0
+    working_side: int = 640
+    thumbnail_side: int = 128
+    device: str = "cpu"
+
+    def __post_init__(self) -> None:
+        if (self.aesthetic_clip is None) != (self.aesthetic_head is None):
+            raise InputError("the aesthetic predictor needs both its CLIP folder and its head; one of the two is not given")
+        if (self.hps_weights or self.mps_weights) and not self.hps_clip:
+            raise InputError("HPS and MPS need the folder of CLIP ViT-H/14, which is not given")
+        if self.embed and not self.aesthetic_clip:
+            raise InputError("features are CLIP's, whose folder is not given")
+        for name in ("max_bytes", "seconds_per_file", "working_side", "thumbnail_side"):
+            if getattr(self, name) <= 0:
+                raise InputError(f"{name} is {getattr(self, name)}; it must be more than 0")
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """One run: what to read and how to score it.
+
+    Args:
+        sources: folders, files and URLs.
+        rows_per_part: items that are done or not done together.
+    """
+
+    sources: tuple[str, ...]
+    source: SourceConfig = field(default_factory=SourceConfig)
+    score: ScoreConfig = field(default_factory=ScoreConfig)
+    rows_per_part: int = 256
+
+    def __post_init__(self) -> None:
+        if not self.sources:
+            raise InputError("no source was given; name at least one folder, file or URL")
+        if self.rows_per_part < 1:
+            raise InputError(f"rows_per_part is {self.rows_per_part}; it must be at least 1")
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run's folder."""
+
+    folder: Path
+    config: RunConfig
+
+    @classmethod
+    def open(cls, folder: Path | str, config: RunConfig) -> Run:
+        """Begins a run, or goes on with the same one. Raises InputError if the folder holds another."""
+        folder = Path(folder)
+        described = json.dumps(asdict(config), indent=2, sort_keys=True)
+        path = folder / "run.json"
+        if path.exists():
+            if path.read_text(encoding="utf-8") != described:
+                raise InputError(f"folder {str(folder)!r} holds a run with other sources or scores; name another folder, or remove it")
+        else:
+            if folder.exists() and any(folder.iterdir()):
+                raise InputError(f"folder {str(folder)!r} is not empty and holds no curation run; name another one")
+            with write_aside(path) as partial:
+                partial.write_text(described, encoding="utf-8")
+        return cls(folder, config)
+
+    @classmethod
+    def load(cls, folder: Path | str) -> Run:
+        """The run that a folder holds. Raises InputError if it holds none."""
+        path = Path(folder) / "run.json"
+        try:
+            stored = json.loads(path.read_text(encoding="utf-8"))
+            source = SourceConfig(**{**stored["source"], "roots": tuple(stored["source"]["roots"])})
+            config = RunConfig(tuple(stored["sources"]), source, ScoreConfig(**stored["score"]), stored["rows_per_part"])
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise InputError(f"folder {str(folder)!r} holds no curation run: run.json is missing or unreadable") from error
+        return cls(Path(folder), config)
+
+    def manifest_part(self, number: int) -> Path:
+        return self.folder / "manifest" / f"part-{number:05}.parquet"
+
+    def scores_part(self, number: int) -> Path:
+        return self.folder / "scores" / f"part-{number:05}.parquet"
+
+    @property
+    def num_parts(self) -> int:
+        """Raises InputError if the manifest is not complete."""
+        return int(self._read_manifest_mark()["parts"])
+
+    @property
+    def num_items(self) -> int:
+        return int(self._read_manifest_mark()["items"])
+
+    def _read_manifest_mark(self) -> dict[str, Any]:
+        try:
+            mark: dict[str, Any] = json.loads((self.folder / "manifest" / "complete.json").read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise InputError(
+                f"the manifest in {str(self.folder)!r} is not complete; run emu3 curate images or videos to the end"
+            ) from error
+        return mark
+
+    def list_missing_parts(self) -> list[int]:
+        return [number for number in range(self.num_parts) if not self.scores_part(number).exists()]
+
+
+# ----------------------------------------------------------------------------------------------------------------------------- the manifest
+
+
+def write_manifest(run: Run, progress: Progress | None = None) -> int:
+    """Lists all items, unless that was done before; returns how many there are. Held: one part."""
+    mark = run.folder / "manifest" / "complete.json"
+    if mark.exists():
+        return run.num_items
+    rows: list[dict[str, Any]] = []
+    number = total = 0
+
+    def flush() -> None:
+        nonlocal rows, number
+        write_table(run.manifest_part(number), pa.Table.from_pylist(rows, _MANIFEST_PART_SCHEMA))
+        rows, number = [], number + 1
+
+    for item in list_items(run.config.sources, run.config.source):
+        row = {**{f.name: getattr(item, f.name) for f in fields(Item)}, "captions": sorted(item.captions.items())}
+        rows.append({**row, "part": number, "index": len(rows)})
+        total += 1
+        if len(rows) == run.config.rows_per_part:
+            flush()
+            if progress is not None:
+                progress(total, 0, "listing")
+    if rows:
+        flush()
+    with write_aside(mark) as partial:
+        partial.write_text(json.dumps({"parts": number, "items": total}), encoding="utf-8")
+    return total
+
+
+_MANIFEST_PART_SCHEMA = pa.schema([*MANIFEST_SCHEMA, pa.field("part", pa.int64()), pa.field("index", pa.int64())])
+
+
+def write_table(path: Path, table: pa.Table) -> None:
+    with write_aside(path) as partial:
+        pq.write_table(table, partial, compression="zstd")
+
+
+# ----------------------------------------------------------------------------------------------------------------------------------- scores
+
+
+def score_items(
+    run: Run, runner: Runner = "native", address: str | None = None, workers: int | None = None, progress: Progress | None = None
+) -> float:
+    """Scores all parts that are not done; returns the seconds it took.
+
+    runner, address  as `engine.start_engine` takes them.
+    workers          processes on the cluster; natively there is one thread for each core.
+    Held: the items that are being worked on, and finished rows of parts that are not complete yet.
+    """
+    from openemu3.curation.scoring import add_scores
+
+    began = time.perf_counter()
+    missing = run.list_missing_parts()
+    if not missing:
+        return 0.0
+    daft = start_engine(runner, address)
+    sizes = {number: pq.read_metadata(run.manifest_part(number)).num_rows for number in missing}
+    frame = daft.read_parquet([str(run.manifest_part(number)) for number in missing])
+    frame = add_scores(daft, frame, run.config, runner, workers)
+    waiting = {number: _UnfinishedPart() for number in missing}
+    finished, total = run.num_items - sum(sizes.values()), run.num_items
+    for batch in frame.to_arrow_iter(results_buffer_size=2):
+        for row in batch.to_pylist():
+            number = row["part"]
+            part = waiting[number]
+            part.add(row)
+            if part.is_complete(sizes[number]):
+                write_table(run.scores_part(number), part.to_table())
+                finished += sizes.pop(number)
+                del waiting[number]
+                if progress is not None:
+                    progress(finished, total, "scoring")
+    if sizes:
+        raise RuntimeError(f"the engine lost rows of the parts {sorted(sizes)}; nothing of these was written, so run it again")
+    return time.perf_counter() - began
+
+
+class _UnfinishedPart:
+    """Rows of a part as they come, in any order. A film has several, each of which says how many."""
+
+    def __init__(self) -> None:
+        self.rows: list[dict[str, Any]] = []
+        self.items: dict[int, int] = {}  # index of an item -> its rows
+
+    def add(self, row: dict[str, Any]) -> None:
+        self.rows.append(row)
+        self.items[row["index"]] = row["num_rows"]
+
+    def is_complete(self, num_items: int) -> bool:
+        return len(self.items) == num_items and len(self.rows) == sum(self.items.values())
+
+    def to_table(self) -> pa.Table:
+        rows = sorted(self.rows, key=lambda row: (row["index"], row["start"] or 0.0))
+        for row in rows:
+            row["hash"] = int(row["hash"] or "0", 16)
+            row["captions"] = [tuple(pair) for pair in row["captions"] or []]
+        return pa.Table.from_pylist(rows, SCORES_SCHEMA)
+
+
+# -------------------------------------------------------------------------------------------------------------------------------- decisions
+
+_DECIDING = ("reason", "width", "height", "seconds", "hash", "sha256", *SCORES)
+
+
+def read_parts(run: Run, columns: Sequence[str]) -> Iterator[pa.Table]:
+    """The scores, part by part. Raises InputError if some are not scored yet."""
+    missing = run.list_missing_parts()
+    if missing:
+        raise InputError(f"{len(missing)} of {run.num_parts} parts in {str(run.folder)!r} are not scored yet; give the same command again")
+    for number in range(run.num_parts):
+        yield pq.read_table(run.scores_part(number), columns=list(columns))
+
+
+def to_rows(table: pa.Table) -> dict[str, NDArray[Any]]:
+    """Columns as numpy: numbers with NaN for what is missing, text with ""."""
+    rows: dict[str, NDArray[Any]] = {}
+    for name in table.column_names:
+        column = table.column(name).combine_chunks()
+        if pa.types.is_string(column.type):
+            rows[name] = np.array([value or "" for value in column.to_pylist()], object)
+        elif pa.types.is_uint64(column.type):
+            rows[name] = column.fill_null(0).to_numpy(zero_copy_only=False)
+        else:
+            rows[name] = column.cast(pa.float64()).to_numpy(zero_copy_only=False)
+    return rows
+
+
+def decide_all(run: Run, thresholds: Thresholds) -> dict[str, int]:
+    """Applies thresholds to the scores and writes decisions.parquet; returns how many items each (step: reason) refused, and "kept".
+
+    Held: about 40 bytes for each row that passes all steps but the search for duplicates, and the decisions.
+    """
+    is_image = isinstance(thresholds, ImageThresholds)
+    if is_image != (run.config.source.kind == "image"):
+        raise InputError(f"the run in {str(run.folder)!r} is one of {run.config.source.kind}s; these thresholds are for the other kind")
+    steps: list[NDArray[np.object_]] = []
+    reasons: list[NDArray[np.object_]] = []
+    positions, digests, hashes, ranks = [], [], [], []
+    scored = dict.fromkeys(SCORES, 0)
+    offset = decodable = 0
+    for table in read_parts(run, [*_DECIDING, "captions"]):
+        rows = to_rows(table.select(list(_DECIDING)))
+        for name in SCORES:
+            scored[name] += int(np.count_nonzero(~np.isnan(rows[name])))
+        decodable += int(np.count_nonzero(rows["reason"] == ""))
+        step, reason = filters.decide(rows, thresholds)
+        steps.append(step)
+        reasons.append(reason)
+        alive = np.flatnonzero(step == "")
+        positions.append(alive + offset)
+        digests.append(np.array([int(value[:16] or "0", 16) for value in rows["sha256"][alive]], np.uint64))
+        hashes.append(rows["hash"][alive].astype(np.uint64))
+        # Of duplicates one that has a caption is kept; of these the largest, and of these the one that pleases most.
+        pleasing = np.nan_to_num(rows["aesthetic"][alive], nan=0.0)
+        captioned = np.diff(table.column("captions").combine_chunks().offsets.to_numpy())[alive] > 0
+        ranks.append(-(captioned * 1e12 + rows["width"][alive] * rows["height"][alive] + pleasing / 100))
+        offset += len(step)
+    if decodable:
+        filters.check_scores(scored, thresholds)
+    step, reason = np.concatenate([np.empty(0, object), *steps]), np.concatenate([np.empty(0, object), *reasons])
+    position = np.concatenate([np.empty(0, np.int64), *positions]).astype(np.int64)
+    digest = np.concatenate([np.empty(0, np.uint64), *digests])
+    picture_hash = np.concatenate([np.empty(0, np.uint64), *hashes])
+    rank = np.concatenate([np.empty(0), *ranks])
+    if not is_image:  # clips of one film share the file
+        digest = digest ^ (np.arange(len(digest), dtype=np.uint64) << np.uint64(1))
+    duplicates = filters.find_duplicates(digest, picture_hash, rank, thresholds.max_hash_distance)
+    repeated = np.flatnonzero(duplicates >= 0)
+    originals = duplicates[repeated]
+    step[position[repeated]] = filters.DUPLICATES
+    exact = digest[repeated] == digest[originals]
+    reason[position[repeated]] = np.where(exact, filters.EXACT_DUPLICATE, filters.NEAR_DUPLICATE).astype(object)
+    duplicate_of = np.full(len(step), -1, np.int64)
+    duplicate_of[position[repeated]] = position[originals]
+    _write_decisions(run, thresholds, step, reason, duplicate_of)
+    counts: dict[str, int] = {"kept": int(np.count_nonzero(step == ""))}
+    for one, why in zip(step, reason, strict=True):
+        if one:
+            counts[f"{one}: {why}"] = counts.get(f"{one}: {why}", 0) + 1
+    return counts
+
+
+def _write_decisions(run: Run, thresholds: Thresholds, step: Any, reason: Any, duplicate_of: NDArray[np.int64]) -> None:
+    described = {"kind": run.config.source.kind, **asdict(thresholds)}
+    schema = DECISIONS_SCHEMA.with_metadata({b"openemu3.thresholds": json.dumps(described, sort_keys=True).encode()})
+    with write_aside(run.folder / "decisions.parquet") as partial, pq.ParquetWriter(partial, schema, compression="zstd") as writer:
+        offset = 0
+        for table in read_parts(run, ["id"]):
+            stretch = slice(offset, offset + table.num_rows)
+            columns = [table.column("id").combine_chunks(), pa.array(step[stretch], pa.string()), pa.array(reason[stretch], pa.string())]
+            writer.write_table(pa.table([*columns, pa.array(duplicate_of[stretch])], schema=schema))
+            offset += table.num_rows
+
+
+def read_decisions(run: Run) -> tuple[pa.Table, Thresholds]:
+    """All decisions and the thresholds they were made with. Raises InputError if there are none."""
+    path = run.folder / "decisions.parquet"
+    if not path.exists():
+        raise InputError(f"nothing has been decided in {str(run.folder)!r}; run emu3 curate images or videos to the end")
+    table = pq.read_table(path)
+    described = json.loads((table.schema.metadata or {})[b"openemu3.thresholds"])
+    kind = described.pop("kind")
+    return table, ImageThresholds(**described) if kind == "image" else VideoThresholds(**described)
+
+
+# ---------------------------------------------------------------------------------------------------------------------------------- samples
+
+WriteSamples = Callable[[Path, Iterator[Sample]], int]
+
+
+@dataclass(frozen=True)
+class SampleConfig:
+    """How samples are written.
+
+    Args:
+        per_file: samples in one Parquet file.
+        validation_share: part of the samples in the split "validation", chosen by their ids; the others are in "train".
+        source: what the samples' attribute "source" says.
+    """
+
+    per_file: int = 1024
+    validation_share: float = 0.0
+    source: str = "curated"
+
+    def __post_init__(self) -> None:
+        if self.per_file < 1:
+            raise InputError(f"per_file is {self.per_file}; it must be at least 1")
+        if not 0 <= self.validation_share < 1:
+            raise InputError(f"validation_share is {self.validation_share}; allowed is 0 up to, but not including, 1")
+
+
+def write_samples(run: Run, config: SampleConfig, write: WriteSamples, progress: Progress | None = None) -> list[Path]:
+    """Writes what was kept to samples/samples-NNNNN.parquet and returns the files. `write` writes one file whole or not at all.
+
+    Files that an earlier, interrupted run with the same decisions wrote are left alone; those of other decisions are removed first.
+    """
+    folder, mark = run.folder / "samples", run.folder / "samples" / "decisions.json"
+    decisions = run.folder / "decisions.parquet"
+    wanted = {"decisions": _digest_decisions(decisions), **asdict(config)}
+    stored = json.loads(mark.read_text(encoding="utf-8")) if mark.exists() else None
+    if stored != wanted:
+        if folder.exists():
+            shutil.rmtree(folder)
+        with write_aside(mark) as partial:
+            partial.write_text(json.dumps(wanted, sort_keys=True), encoding="utf-8")
+    table, _ = read_decisions(run)
+    kept = np.flatnonzero(np.array([not step for step in table.column("step").to_pylist()], bool))
+    files, offsets = [], find_offsets(run)
+    for number, first in enumerate(range(0, len(kept), config.per_file)):
+        path = folder / f"samples-{number:05}.parquet"
+        files.append(path)
+        if not path.exists():
+            write(path, iterate_samples(run, config, kept[first : first + config.per_file], offsets))
+        if progress is not None:
+            progress(min(first + config.per_file, len(kept)), len(kept), "writing samples")
+    return files
+
+
+def _digest_decisions(path: Path) -> str:
+    """Of what was decided, not of the file's bytes, in which a library leaves its version."""
+    digest = hashlib.sha256()
+    for batch in pq.ParquetFile(path).iter_batches(65536, columns=["id", "step"]):
+        for column in batch.columns:
+            digest.update("\0".join(column.to_pylist()).encode())
+    return digest.hexdigest()
+
+
+def iterate_samples(run: Run, config: SampleConfig, kept: NDArray[np.int64], offsets: NDArray[np.int64]) -> Iterator[Sample]:
+    """The samples of rows of the scores, given by their ascending numbers. A file that changed since it was scored is left out.
+
+    offsets  [parts + 1]: number of the first row of each part, as `find_offsets` makes it.
+    """
+    columns = [name for name in SCORES_SCHEMA.names if name not in ("thumbnail", "embedding")]
+    cut = None
+    if run.config.source.kind == "video":
+        from openemu3.curation.films import ClipCutter  # brings the detectors of scenes with it
+
+        cut = ClipCutter(run.config.score.seconds_per_file)
+    try:
+        part_of = np.searchsorted(offsets, kept, side="right") - 1
+        for number in np.unique(part_of):
+            table = pq.read_table(run.scores_part(int(number)), columns=columns)
+            for row_number in kept[part_of == number] - offsets[number]:
+                row = table.slice(int(row_number), 1).to_pylist(maps_as_pydicts="strict")[0]
+                sample = _make_sample(run, config, row, cut)
+                if sample is not None:
+                    yield sample
+    finally:
+        if cut is not None:
+            cut.close()
+
+
+def find_offsets(run: Run) -> NDArray[np.int64]:
+    """[parts + 1]: number of the first row of each part of the scores, and how many there are in all."""
+    return np.cumsum([0, *(pq.read_metadata(run.scores_part(number)).num_rows for number in range(run.num_parts))])
+
+
+def _make_sample(run: Run, config: SampleConfig, row: dict[str, Any], cut: ClipCutter | None) -> Sample | None:
+    item = Item(**{f.name: row[f.name] for f in fields(Item)})
+    try:
+        media = read_item(item, run.config.score.max_bytes)
+        if hashlib.sha256(media).hexdigest() != row["sha256"]:
+            return None
+        if cut is not None:
+            media = cut(media, row["start_frame"], row["end_frame"], row["start"], row["start"] + row["seconds"])
+    except InputError:
+        return None
+    attributes, identity = {"source": config.source, "width": str(row["width"]), "height": str(row["height"])}, item.id
+    if row["fps"] is not None:
+        identity = f"{item.id}@{row['start_frame']}-{row['end_frame']}"
+        attributes |= {"fps": repr(row["fps"]), "start": repr(row["start"]), "seconds": repr(row["seconds"])}
+    captions = {language: caption for language, caption in (row["captions"] or {}).items() if caption}
+    scores = {name: row[name] for name in SCORES if row[name] is not None}
+    share = int.from_bytes(hashlib.blake2b(identity.encode(), digest_size=8).digest(), "big") / 2**64
+    split = "validation" if share < config.validation_share else "train"
+    return Sample(identity, run.config.source.kind, media, captions, attributes, split, scores)
