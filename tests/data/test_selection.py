@@ -18,7 +18,7 @@ from openemu3.data.selection import SCORES_TYPE, KindRule, SelectionConfig, choo
 from openemu3.media import encode_animation, from_pil
 from openemu3.records import InputError
 
-NAMES = ("hpsv2.1", "mps", "aesthetic")
+NAMES = ("hps", "mps", "aesthetic")
 ANY_SIZE = KindRule(0.5)
 SCHEMA = pa.schema([*(f for f in SAMPLES_SCHEMA if f.name != "scores"), pa.field("scores", SCORES_TYPE)])
 
@@ -41,7 +41,7 @@ def make_row(name, scores, kind="image", split="train", media=None):
 
 
 def score(a, b=None, c=None, **more):
-    return {"hpsv2.1": a, "mps": a if b is None else b, "aesthetic": a if c is None else c, **more}
+    return {"hps": a, "mps": a if b is None else b, "aesthetic": a if c is None else c, **more}
 
 
 def write(path, rows, rows_per_group=3):
@@ -101,12 +101,12 @@ def test_an_outlier_decides_by_z_score_and_not_by_rank(tmp_path):
     one = KindRule(1 / 6)
     assert choose(tmp_path, rows, images=one)[0] == ["steady"]
     assert choose(tmp_path, rows, images=one, scale="zscore")[0] == ["steady"]
-    assert choose(tmp_path, rows, images=one, scale="zscore", scores=("hpsv2.1",))[0] == ["outlier"]
+    assert choose(tmp_path, rows, images=one, scale="zscore", scores=("hps",))[0] == ["outlier"]
 
 
 def test_kinds_are_ranked_apart_and_have_limits_of_their_own(tmp_path):
     rows = [make_row(f"i{i}", score(i)) for i in range(4)]
-    rows += [make_row(f"v{i}", score(100 + i, flow=float(i)), kind="video") for i in range(10)]
+    rows += [make_row(f"v{i}", score(100 + i, motion=float(i)), kind="video") for i in range(10)]
     kept, selection = choose(tmp_path, rows, images=KindRule(0.25), videos=KindRule(0.5, flow=(0.2, 0.9)))
     # Flow ranks are 0.05, 0.15, ... 0.95: v2 ... v8 are inside; of these seven the best four.
     assert kept == ["i3", "v5", "v6", "v7", "v8"]
@@ -117,7 +117,7 @@ def test_resolutions_are_those_of_the_files(tmp_path):
     rows = [make_row("small", score(9), media=make_picture(8, 8)), make_row("large", score(1), media=make_picture(16, 8))]
     kept, selection = choose(tmp_path, rows, images=KindRule(1.0, min_pixels=128))
     assert kept == ["large"] and selection.counts["image"]["below the resolution"] == 1
-    clips = [make_row("clip", score(1, flow=1.0), kind="video")]
+    clips = [make_row("clip", score(1, motion=1.0), kind="video")]
     with pytest.raises(InputError, match="below the resolution': 1"):
         choose(tmp_path, clips, videos=KindRule(1.0, min_pixels=65))
     assert choose(tmp_path, clips, videos=KindRule(1.0, min_pixels=64))[0] == ["clip"]
@@ -128,12 +128,12 @@ def test_samples_without_a_score_are_counted(tmp_path):
         make_row("all", score(1)),
         make_row("nan", score(1, np.nan)),
         make_row("none", None),
-        make_row("two", {"hpsv2.1": 1.0, "mps": 1.0}),
+        make_row("two", {"hps": 1.0, "mps": 1.0}),
     ]
     kept, selection = choose(tmp_path, rows)
     assert kept == ["all"] and np.isnan(selection.quality[1:]).all()
     count = selection.counts["image"]
-    assert (count["without score mps"], count["without score hpsv2.1"], count["without score aesthetic"]) == (1, 1, 1)
+    assert (count["without score mps"], count["without score hps"], count["without score aesthetic"]) == (1, 1, 1)
 
 
 def test_held_out_samples_are_neither_ranked_nor_dropped(tmp_path):
@@ -145,7 +145,7 @@ def test_held_out_samples_are_neither_ranked_nor_dropped(tmp_path):
 @pytest.mark.parametrize(
     ("rows", "config", "message"),
     [
-        ([make_row("a", score(1))], {"scores": ("beauty",)}, "no score 'beauty'; its samples have aesthetic, hpsv2.1, mps"),
+        ([make_row("a", score(1))], {"scores": ("beauty",)}, "no score 'beauty'; its samples have aesthetic, hps, mps"),
         ([make_row("a", None)], {}, "its samples have none"),
         ([make_row("a", score(1), split="held")], {}, "nothing is left"),
         ([make_row("a", score(1), media=b"no picture")], {"images": KindRule(0.5, 1)}, "'a' has media that cannot be read"),

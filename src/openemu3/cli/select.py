@@ -24,8 +24,8 @@ class Select:
     """Parquet files of samples with scores, as `emu3 curate` writes them; at least one."""
     output: Path
     """File of samples to write, .parquet."""
-    scores: tuple[str, ...] = ("hpsv2.1", "mps", "aesthetic")
-    """Names of the scores whose mean decides."""
+    scores: tuple[str, ...] = ("hps", "mps", "aesthetic")
+    """Names of the scores whose mean decides: HPSv2.1, MPS and LAION aesthetics, as `emu3 curate` calls them."""
     scale: Literal["percentile", "zscore"] = "percentile"
     """How scores of different units are made comparable."""
     image_share: float = 0.5
@@ -36,7 +36,7 @@ class Select:
     """How many of the videos are kept, the best."""
     video_min_pixels: int = 720 * 720
     """Smallest area of a video's frames."""
-    flow: str = "flow"
+    flow: str = "motion"
     """Name of the score that says how much a video moves."""
     flow_range: tuple[float, float] = (0.1, 0.95)
     """Lowest and highest percentile rank of that score: what hardly moves and what moves most is left out. 0 1 for no limits."""

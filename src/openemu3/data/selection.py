@@ -69,8 +69,8 @@ class SelectionConfig:
         splits: samples of other splits are held out: they are neither ranked nor dropped.
     """
 
-    scores: tuple[str, ...] = ("hpsv2.1", "mps", "aesthetic")
-    flow: str = "flow"
+    scores: tuple[str, ...] = ("hps", "mps", "aesthetic")
+    flow: str = "motion"
     scale: Literal["percentile", "zscore"] = "percentile"
     images: KindRule = field(default_factory=lambda: KindRule(0.5, 720 * 720))
     videos: KindRule = field(default_factory=lambda: KindRule(0.25, 720 * 720, (0.1, 0.95)))

@@ -8,26 +8,32 @@ cross-entropy in which every token of a completion weighs the derivative of the 
 With s(y) = log p_policy(y | prompt) - log p_reference(y | prompt), summed over the tokens that count, a pair's loss is
     -log sigmoid(beta (s(chosen) - s(rejected))) + weight * (-log p_policy(chosen | prompt) / number of its tokens).
 
-Shapes: P pairs, 2P rows (the chosen completions, then the rejected ones), S tokens, D model width, N tokens that count.
+Shapes: P pairs, 2P rows (the chosen completions, then the rejected ones), S tokens, D model width, N tokens that count (of this rank's
+part of the rows, where context parallelism divides them).
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Sequence
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
 
 from openemu3.data.pairs import PreferencePair, with_reference
-from openemu3.model.attention import CausalAttention
-from openemu3.model.transformer import Transformer
+from openemu3.distributed import data_rank, sum_over
+from openemu3.model.context_parallel import ContextSplit
+from openemu3.model.parallelize import reshard, set_last_micro_batch
+from openemu3.model.transformer import Transformer, TransformerConfig
 from openemu3.records import InputError
 from openemu3.tokenization.sequence import Vocabulary
 from openemu3.training.checkpoint import (
@@ -39,7 +45,7 @@ from openemu3.training.checkpoint import (
     take_prefix,
 )
 from openemu3.training.objectives import compute_cross_entropy
-from openemu3.training.optimizer import OptimizerConfig, apply_update, build_optimizer
+from openemu3.training.optimizer import OptimizerConfig, apply_update, build_optimizer, compute_learning_rate
 from openemu3.training.trainer import Metrics
 
 
@@ -95,53 +101,78 @@ class PairBatch:
     """P pairs as 2P rows, chosen completions first.
 
     token_ids: int64 [2P, S], prompt and completion, padded on the right. counted: bool [2P, S], tokens whose log-probability counts.
-    reference: float64 [2, P], sums of log-probabilities under the reference; NaN where they have not been computed.
+    documents: int32 [2P, S], 0 for tokens and 1 for padding. reference: float64 [2, P], sums of log-probabilities under the reference; NaN
+    where they have not been computed.
     """
 
     token_ids: Tensor
     counted: Tensor
+    documents: Tensor
     reference: Tensor
 
+    @property
+    def lengths(self) -> Tensor:
+        """How many tokens count, [2, P]."""
+        return self.counted.sum(1).view(2, -1)
 
+
+@dataclass(frozen=True)
 class PairBatches:
-    """Calling it with a position yields batches of pairs from that number on, endlessly; every epoch has an order of its own.
+    """Calling it with a position yields micro-batches of pairs from that number on, endlessly; every epoch has an order of its own.
 
-    learn_structure: whether EOL, EOF, EOI and EOS of a completion count beside its codes. Decoding forces them, so that there they tell
-    nothing about what a model prefers.
+    Args:
+        pairs_per_batch: of one micro-batch, on all ranks together; a multiple of dp.
+        learn_structure: whether EOL, EOF, EOI and EOS of a completion count beside its codes. Decoding forces them, so that there they
+            tell nothing about what a model prefers.
+        multiple: row lengths are multiples of this, for context parallelism.
+        dp, rank: this rank reads part `rank` of every micro-batch.
     """
 
-    def __init__(
-        self, pairs: Sequence[PreferencePair], vocabulary: Vocabulary, pairs_per_batch: int, learn_structure: bool = False, seed: int = 0
-    ) -> None:
-        if pairs_per_batch < 1:
-            raise InputError(f"pairs_per_batch is {pairs_per_batch}; it must be at least 1")
-        if not pairs:
-            raise InputError("there are no preference pairs to learn from; at least one is needed")
-        self.pairs, self.vocabulary, self.learn_structure, self.seed = pairs, vocabulary, learn_structure, seed
-        self.pairs_per_batch = min(pairs_per_batch, len(pairs))
+    pairs: Sequence[PreferencePair]
+    vocabulary: Vocabulary
+    pairs_per_batch: int
+    learn_structure: bool = False
+    seed: int = 0
+    multiple: int = 1
+    dp: int = 1
+    rank: int = 0
+
+    def __post_init__(self) -> None:
+        if self.pairs_per_batch < 1 or self.pairs_per_batch % self.dp:
+            raise InputError(f"pairs_per_batch is {self.pairs_per_batch}; a multiple of {self.dp} (dp) is allowed")
+        if len(self.pairs) < self.pairs_per_batch:
+            raise InputError(f"there are {len(self.pairs)} preference pairs to learn from; pairs_per_batch is {self.pairs_per_batch}")
 
     def __call__(self, position: int) -> Iterator[PairBatch]:
-        per_epoch = len(self.pairs) // self.pairs_per_batch  # what is left over comes first in another epoch's order
+        per_epoch = len(self.pairs) // self.pairs_per_batch  # what is left over has its turn in another epoch's order
         while True:
             epoch, number = divmod(position, per_epoch)
             order = np.random.default_rng((self.seed, epoch)).permutation(len(self.pairs))
             for first in range(number * self.pairs_per_batch, per_epoch * self.pairs_per_batch, self.pairs_per_batch):
-                chosen = [self.pairs[index] for index in order[first : first + self.pairs_per_batch]]
-                yield stack_pairs(chosen, self.vocabulary, self.learn_structure)
+                yield self.stack([self.pairs[index] for index in order[first : first + self.pairs_per_batch]])
                 position += 1
 
     def read_in_order(self) -> Iterator[PairBatch]:
-        """Every pair once."""
+        """Every pair once; of the last micro-batch only as many as all ranks have alike, unless there is one rank."""
         for first in range(0, len(self.pairs), self.pairs_per_batch):
-            yield stack_pairs(self.pairs[first : first + self.pairs_per_batch], self.vocabulary, self.learn_structure)
+            chosen = self.pairs[first : first + self.pairs_per_batch]
+            chosen = chosen[: len(chosen) // self.dp * self.dp]
+            if chosen:
+                yield self.stack(chosen)
+
+    def stack(self, pairs: Sequence[PreferencePair]) -> PairBatch:
+        """This rank's part of a micro-batch of these pairs."""
+        share = len(pairs) // self.dp
+        return stack_pairs(pairs[self.rank * share : (self.rank + 1) * share], self.vocabulary, self.learn_structure, self.multiple)
 
 
-def stack_pairs(pairs: Sequence[PreferencePair], vocabulary: Vocabulary, learn_structure: bool = False) -> PairBatch:
+def stack_pairs(pairs: Sequence[PreferencePair], vocabulary: Vocabulary, learn_structure: bool = False, multiple: int = 1) -> PairBatch:
     """One batch of these pairs. Raises InputError for ids outside the vocabulary and for a completion in which no token counts."""
     completions = [(pair, pair.chosen_ids) for pair in pairs] + [(pair, pair.rejected_ids) for pair in pairs]
     longest = max(len(pair.prompt_ids) + len(ids) for pair, ids in completions)
-    token_ids = torch.full((len(completions), longest), vocabulary.pad, dtype=torch.int64)
-    counted = torch.zeros((len(completions), longest), dtype=torch.bool)
+    shape = (len(completions), -(-longest // multiple) * multiple)
+    token_ids, counted = torch.full(shape, vocabulary.pad, dtype=torch.int64), torch.zeros(shape, dtype=torch.bool)
+    documents = torch.ones(shape, dtype=torch.int32)
     for row, (pair, ids) in enumerate(completions):
         line = np.concatenate((pair.prompt_ids, ids)).astype(np.int64)
         if line.max() >= vocabulary.size:
@@ -150,84 +181,122 @@ def stack_pairs(pairs: Sequence[PreferencePair], vocabulary: Vocabulary, learn_s
         if not counts.any():
             raise InputError(f"pair of prompt {pair.prompt!r} has a completion without visual tokens; there is nothing to compare")
         token_ids[row, : len(line)] = torch.from_numpy(line)
+        documents[row, : len(line)] = 0
         counted[row, len(pair.prompt_ids) : len(line)] = torch.from_numpy(counts)
     values = [[pair.reference_chosen for pair in pairs], [pair.reference_rejected for pair in pairs]]
-    reference = torch.tensor([[float("nan") if value is None else value for value in row] for row in values], dtype=torch.float64)
-    return PairBatch(token_ids, counted, reference)
+    reference = torch.tensor([[math.nan if value is None else value for value in row] for row in values], dtype=torch.float64)
+    return PairBatch(token_ids, counted, documents, reference)
 
 
 # -- log-probabilities -------------------------------------------------------------------------------------------------------------
 
 
 class Counted(NamedTuple):
-    """The tokens that count, in one line: hidden states before them [N, D], ids [N], row of each [N], and how many each row has [2, P]."""
+    """This rank's tokens that count, in one line: hidden states before them [N, D], their ids [N], and the row of each [N]."""
 
     hidden: Tensor
     targets: Tensor
     rows: Tensor
-    lengths: Tensor
 
 
-def compute_hidden(transformer: Transformer, batch: PairBatch, autocast_bf16: bool) -> Counted:
-    device = next(transformer.parameters()).device
-    token_ids, counted = batch.token_ids.to(device), batch.counted.to(device)
-    with torch.autocast(device.type, torch.bfloat16, enabled=autocast_bf16):
-        hidden = transformer(token_ids[:, :-1], CausalAttention())  # [2P, S-1, D]; padding is on the right: no mask needed
-    kept = counted[:, 1:].flatten().nonzero().flatten()
-    compute_dtype = torch.bfloat16 if autocast_bf16 else hidden.dtype
-    rows = torch.arange(len(token_ids), device=device).repeat_interleave(counted[:, 1:].sum(1))
-    lengths = counted[:, 1:].sum(1).view(2, -1)
-    return Counted(hidden.flatten(0, 1)[kept].to(compute_dtype), token_ids[:, 1:].flatten()[kept], rows, lengths)
+@dataclass(frozen=True)
+class Scorer:
+    """Log-probabilities of completions under a transformer, alike on every rank.
 
+    Args:
+        precision: fp32; mixed: computing in bf16 with weights in fp32; bf16: both in bf16. With a mesh, weights arrive in bf16.
+        context: how the mesh divides rows; mesh: None for a single process.
+    """
 
-@torch.no_grad()
-def sum_log_probabilities(transformer: Transformer, counted: Counted) -> Tensor:
-    """float64 [2, P]: each completion's log-probability."""
-    ones = torch.ones(len(counted.targets), device=counted.targets.device)
-    _, losses = compute_cross_entropy(counted.hidden.detach(), transformer.lm_head.weight, counted.targets, ones)
-    sums = torch.zeros(counted.lengths.numel(), dtype=torch.float64, device=losses.device)
-    return sums.index_add_(0, counted.rows, -losses.double()).view(2, -1)
+    transformer: Transformer
+    precision: Literal["fp32", "mixed", "bf16"]
+    context: ContextSplit
+    mesh: DeviceMesh | None = None
+
+    def compute_hidden(self, batch: PairBatch) -> Counted:
+        device = next(self.transformer.parameters()).device
+        # The target of a place is the token after it, and belongs to it wherever context parallelism puts it. BOS never counts.
+        rows = torch.arange(len(batch.token_ids))[:, None].expand_as(batch.token_ids)
+        parts = (batch.token_ids, batch.token_ids.roll(-1, 1), batch.counted.roll(-1, 1), rows)
+        inputs, targets, counts, rows = (self.context.split(part) for part in parts)  # [2P, S / cp]
+        kept = counts.flatten().nonzero().flatten()
+        attention = self.context.build_attention(batch.documents.to(device))
+        with torch.autocast(device.type, torch.bfloat16, enabled=self.precision == "mixed" and self.mesh is None):
+            hidden = self.transformer(inputs.to(device), attention, attention.positions)
+        hidden = hidden.flatten(0, 1)[kept.to(device)]
+        dtype = torch.float32 if self.precision == "fp32" else torch.bfloat16
+        return Counted(hidden.to(dtype), targets.flatten()[kept].to(device), rows.flatten()[kept].to(device))
+
+    @torch.no_grad()
+    def sum_log_probabilities(self, counted: Counted, num_rows: int) -> Tensor:
+        """float64 [2, P]: each completion's log-probability, of all its tokens wherever they lie."""
+        ones = torch.ones(len(counted.targets), device=counted.targets.device)
+        _, losses = compute_cross_entropy(counted.hidden.detach(), self.transformer.lm_head.weight, counted.targets, ones)
+        sums = torch.zeros(num_rows, dtype=torch.float64, device=losses.device).index_add_(0, counted.rows, -losses.double())
+        if self.mesh is not None and self.context.size > 1:
+            dist.all_reduce(sums, group=self.mesh["cp"].get_group())
+        return sums.view(2, -1)
+
+    @torch.no_grad()
+    def score(self, batch: PairBatch) -> Tensor:
+        return self.sum_log_probabilities(self.compute_hidden(batch), len(batch.token_ids))
 
 
 @torch.no_grad()
 def compute_reference(
-    transformer: Transformer,
+    scorer: Scorer,
     pairs: Sequence[PreferencePair],
     vocabulary: Vocabulary,
-    pairs_per_batch: int = 8,
     learn_structure: bool = False,
-    autocast_bf16: bool = True,
+    pairs_per_rank: int = 4,
+    multiple: int = 1,
     progress: Callable[[int, int], None] | None = None,
 ) -> list[PreferencePair]:
-    """The pairs with their log-probabilities under this transformer, which is the reference; in evaluation mode, as in training."""
-    was_training = transformer.training
-    transformer.eval()
-    done: list[PreferencePair] = []
-    for batch in PairBatches(pairs, vocabulary, pairs_per_batch, learn_structure).read_in_order():
-        sums = sum_log_probabilities(transformer, compute_hidden(transformer, batch, autocast_bf16)).cpu()
-        part = pairs[len(done) : len(done) + sums.shape[1]]
-        done += [with_reference(pair, *sums[:, column].tolist()) for column, pair in enumerate(part)]
+    """The pairs with their log-probabilities under the scorer's transformer, which is the reference; in evaluation mode, as in training."""
+    was_training = scorer.transformer.training
+    scorer.transformer.eval()
+    rank, dp = data_rank(scorer.mesh)
+    sums = torch.zeros(2, len(pairs), dtype=torch.float64)
+    for first in range(0, len(pairs), dp * pairs_per_rank):
+        # A rank for which nothing is left scores the last pair again, because all ranks must take part in every pass, and forgets it.
+        own = range(first + rank * pairs_per_rank, min(first + (rank + 1) * pairs_per_rank, len(pairs)))
+        batch = stack_pairs([pairs[index] for index in own] or pairs[-1:], vocabulary, learn_structure, multiple)
+        scores = scorer.score(batch).cpu()
+        if len(own):
+            sums[:, own.start : own.stop] = scores
         if progress is not None:
-            progress(len(done), len(pairs))
-    transformer.train(was_training)
-    return done
+            progress(min(first + dp * pairs_per_rank, len(pairs)), len(pairs))
+    if scorer.mesh is not None:
+        reshard(scorer.transformer)
+        sums = sum_over(scorer.mesh, sums) / scorer.context.size  # ranks of cp have the same
+    scorer.transformer.train(was_training)
+    return [with_reference(pair, *sums[:, column].tolist()) for column, pair in enumerate(pairs)]
 
 
 def compare_references(stored: Sequence[PreferencePair], computed: Sequence[PreferencePair]) -> float:
-    """The largest difference between two computations of the same log-probabilities, in nats; NaN or missing ones give infinity."""
+    """The largest difference between two computations of the same log-probabilities, in nats per token; infinite where one is missing."""
     largest = 0.0
     for one, other in zip(stored, computed, strict=True):
-        for a, b in ((one.reference_chosen, other.reference_chosen), (one.reference_rejected, other.reference_rejected)):
-            difference = float("inf") if a is None or b is None else abs(a - b)
-            largest = max(largest, difference if difference == difference else float("inf"))
+        sides = (
+            (one.reference_chosen, other.reference_chosen, one.chosen_ids),
+            (one.reference_rejected, other.reference_rejected, one.rejected_ids),
+        )
+        for a, b, ids in sides:
+            difference = math.inf if a is None or b is None or math.isnan(a - b) else abs(a - b) / len(ids)
+            largest = max(largest, difference)
     return largest
 
 
-def digest_reference(transformer: Transformer, learn_structure: bool, autocast_bf16: bool) -> str:
-    """Which reference made log-probabilities: its weights, and what else they depend on."""
-    digest = hashlib.sha256(json.dumps([asdict(transformer.config), learn_structure, autocast_bf16]).encode())
-    for name, tensor in sorted(transformer.state_dict().items()):
-        digest.update(name.encode() + tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+def digest_reference(
+    weights: Mapping[str, Tensor], config: TransformerConfig, pairs: Sequence[PreferencePair], learn_structure: bool, precision: str
+) -> str:
+    """Which log-probabilities these are: 32 hex digits of the reference's weights, the pairs' tokens, and what else they depend on."""
+    digest = hashlib.sha256(json.dumps([asdict(config), learn_structure, precision]).encode())
+    for name in sorted(weights):
+        digest.update(name.encode() + weights[name].detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+    for pair in pairs:
+        for ids in (pair.prompt_ids, pair.chosen_ids, pair.rejected_ids):
+            digest.update(len(ids).to_bytes(8) + ids.tobytes())
     return digest.hexdigest()[:32]
 
 
@@ -240,15 +309,21 @@ class PreferenceLearnerConfig:
 
     optimizer: OptimizerConfig = field(default_factory=lambda: OptimizerConfig(1e-5, schedule="linear", weight_decay=0.0))
     objective: PreferenceObjectiveConfig = field(default_factory=PreferenceObjectiveConfig)
-    autocast_bf16: bool = True
+    precision: Literal["fp32", "mixed", "bf16"] = "mixed"  # as in LanguageLearnerConfig
+
+    def __post_init__(self) -> None:
+        if self.precision not in ("fp32", "mixed", "bf16"):
+            raise InputError(f"precision is {self.precision!r}; fp32, mixed or bf16 is allowed")
 
 
 class PreferenceLearner:
     """Learner of a Transformer that starts as its own reference. Dropout is off: at step 0 every reward is 0.
 
     Args:
-        validation: yields batches of held-out pairs; called at every validation.
-        sample: called with (transformer, folder, step) to draw something to look at.
+        validation: yields batches of held-out pairs; called at every validation. All ranks must get the same number of them.
+        sample: called with (transformer, folder, step) to draw something to look at. In a run of several ranks no rank has all weights,
+            so nothing is drawn.
+        mesh: of the run's ranks, for which `parallelize` has prepared the transformer; None for a single process.
     """
 
     def __init__(
@@ -257,40 +332,54 @@ class PreferenceLearner:
         config: PreferenceLearnerConfig,
         validation: Callable[[], Iterator[PairBatch]],
         sample: Callable[[Transformer, Path, int], None] | None = None,
+        mesh: DeviceMesh | None = None,
     ) -> None:
-        self.transformer, self.config, self.validation, self.sample = transformer, config, validation, sample
+        self.transformer, self.config, self.validation, self.sample, self.mesh = transformer, config, validation, sample, mesh
+        self.scorer = Scorer(transformer, config.precision, ContextSplit(transformer.config, mesh), mesh)
         self.optimizer = build_optimizer(config.optimizer, transformer)
         transformer.eval()
 
     def learn(self, step: int, batches: Sequence[PairBatch]) -> Metrics:
         sums = PreferenceSums()
-        for batch in batches:
-            counted = compute_hidden(self.transformer, batch, self.config.autocast_bf16)
-            policy = sum_log_probabilities(self.transformer, counted).requires_grad_()
-            result = compute_preference_loss(policy, batch.reference.to(policy.device), counted.lengths, self.config.objective)
-            sums.add(result, policy.detach(), batch.reference.to(policy.device), counted.lengths)
+        for number, batch in enumerate(batches):
+            if self.mesh is not None:
+                set_last_micro_batch(self.transformer, number == len(batches) - 1)
+            counted = self.scorer.compute_hidden(batch)
+            policy = self.scorer.sum_log_probabilities(counted, len(batch.token_ids)).requires_grad_()
+            result = self._measure(policy, batch, sums)
             (slopes,) = torch.autograd.grad(result.loss, policy)  # of the loss by each completion's log-probability
             weights = -slopes.flatten()[counted.rows].float()  # a token's cross-entropy is minus its log-probability
             surrogate, _ = compute_cross_entropy(counted.hidden, self.transformer.lm_head.weight, counted.targets, weights)
             surrogate.backward()
+        sums.reduce(self.mesh)
+        # Gradients are of sums; one division by the pairs of all micro-batches and ranks makes any split give the same update.
         for parameter in self.transformer.parameters():
             if parameter.grad is not None:
                 parameter.grad /= sums.weight
-        norm = apply_update(self.optimizer, self.config.optimizer, step)
-        return {**sums.to_means(), "grad_norm": float(norm), "tokens": float(sums.num_tokens)}
+        metrics = sums.to_metrics()
+        norm = apply_update(self.optimizer, self.config.optimizer, step, math.isfinite(metrics["loss"]))
+        rate = compute_learning_rate(self.config.optimizer, step)
+        return {**metrics, "grad_norm": float(norm), "learning_rate": rate, "tokens": sums.num_tokens}
 
     @torch.no_grad()
     def validate(self) -> Metrics:
         sums = PreferenceSums()
         for batch in self.validation():
-            counted = compute_hidden(self.transformer, batch, self.config.autocast_bf16)
-            policy = sum_log_probabilities(self.transformer, counted)
-            reference = batch.reference.to(policy.device)
-            sums.add(compute_preference_loss(policy, reference, counted.lengths, self.config.objective), policy, reference, counted.lengths)
-        return sums.to_means() if sums.weight else {}
+            self._measure(self.scorer.score(batch), batch, sums)
+        if self.mesh is not None:
+            reshard(self.transformer)
+        sums.reduce(self.mesh)
+        return sums.to_metrics()
+
+    def _measure(self, policy: Tensor, batch: PairBatch, sums: PreferenceSums) -> PreferenceLoss:
+        reference, lengths = batch.reference.to(policy.device), batch.lengths.to(policy.device)
+        result = compute_preference_loss(policy, reference, lengths, self.config.objective)
+        if self.scorer.context.rank == 0:  # ranks of cp have the same pairs
+            sums.add(result, policy.detach(), reference, lengths)
+        return result
 
     def write_samples(self, folder: Path, step: int) -> None:
-        if self.sample is not None:
+        if self.sample is not None and self.mesh is None:
             self.sample(self.transformer, folder, step)
 
     def list_tensors(self) -> dict[str, Tensor]:
@@ -308,12 +397,20 @@ class PreferenceLearner:
 
 
 class PreferenceSums:
-    """Sums over pairs, for logs."""
+    """Sums over pairs, for logs; `reduce` makes them those of all ranks."""
+
+    NAMES = ("loss", "reward_chosen", "reward_rejected", "margin", "accuracy", "kl", "cross_entropy")
 
     def __init__(self) -> None:
-        self.sums = torch.zeros(7, dtype=torch.float64)
-        self.weight = 0.0
-        self.num_tokens = 0
+        self.sums = torch.zeros(len(self.NAMES) + 2, dtype=torch.float64)  # and the number of pairs and of tokens
+
+    @property
+    def weight(self) -> float:
+        return float(self.sums[-2])
+
+    @property
+    def num_tokens(self) -> float:
+        return float(self.sums[-1])
 
     def add(self, result: PreferenceLoss, policy: Tensor, reference: Tensor, lengths: Tensor) -> None:
         chosen, rejected = result.rewards
@@ -325,12 +422,16 @@ class PreferenceSums:
             ((reference - policy) / lengths).mean(0),
             result.cross_entropy,
         )
-        self.sums += torch.stack([result.loss.detach(), *(values.sum() for values in per_pair)]).double().cpu()
-        self.weight += result.weight
-        self.num_tokens += int(lengths.sum())
+        ends = (result.loss.detach().new_tensor(result.weight), lengths.sum())
+        self.sums += torch.stack([result.loss.detach(), *(values.sum() for values in per_pair), *ends]).double().cpu()
 
-    def to_means(self) -> Metrics:
-        """Per pair. `kl`: mean of log p_reference - log p_policy per token over both completions, an estimate of KL(reference || policy)
-        that is biased by having chosen the best and the worst of the samples. `accuracy`: share of pairs with a positive margin."""
-        names = ("loss", "reward_chosen", "reward_rejected", "margin", "accuracy", "kl", "cross_entropy")
-        return dict(zip(names, (self.sums / self.weight).tolist(), strict=True))
+    def reduce(self, mesh: DeviceMesh | None) -> None:
+        self.sums = sum_over(mesh, self.sums)
+
+    def to_metrics(self) -> Metrics:
+        """Means per pair, nothing without pairs. `kl`: mean of log p_reference - log p_policy per token over both completions, an estimate
+        of KL(reference || policy) that is biased by having chosen the best and the worst of the samples. `accuracy`: share of pairs with
+        a positive margin."""
+        if not self.weight:
+            return {}
+        return dict(zip(self.NAMES, (self.sums[: len(self.NAMES)] / self.weight).tolist(), strict=True))
