@@ -20,6 +20,7 @@ from openemu3.cli.curate import Curate
 from openemu3.cli.evaluate import Evaluate
 from openemu3.cli.generate import Answer, Chat, Demo, Describe, Generate
 from openemu3.cli.options import Command
+from openemu3.cli.plan import Plan
 from openemu3.cli.preferences import Preferences
 from openemu3.cli.select import Select
 from openemu3.cli.tokenize import Tokenize
@@ -44,6 +45,7 @@ COMMANDS: dict[str, Callable[..., Command]] = {
     "chat": Chat,
     "evaluate": Evaluate,
     "demo": Demo,
+    "plan": Plan,
     "select": Select,
     "curate": Curate,
     "tokenize": Tokenize,
