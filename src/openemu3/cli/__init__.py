@@ -23,7 +23,7 @@ from openemu3.cli.options import Command
 from openemu3.cli.plan import Plan
 from openemu3.cli.preferences import Preferences
 from openemu3.cli.select import Select
-from openemu3.cli.tokenize import Tokenize
+from openemu3.cli.tokenize import Pack, Tokenize
 from openemu3.cli.train import Export, Train
 from openemu3.records import InputError
 
@@ -49,6 +49,7 @@ COMMANDS: dict[str, Callable[..., Command]] = {
     "select": Select,
     "curate": Curate,
     "tokenize": Tokenize,
+    "pack": Pack,
     "train": Train,
     "export": Export,
     "preferences": Preferences,

@@ -96,6 +96,26 @@ def read_columns(
                 yield {name: row[name] if name in row else {} for name in columns}
 
 
+def count_samples(path: Path | str) -> int:
+    """Rows of a file of samples, from its footer. Raises InputError as `read_samples` does."""
+    with _open(path) as file:
+        return int(file.metadata.num_rows)
+
+
+def read_rows(path: Path | str, start: int, stop: int) -> Iterator[dict[str, Any]]:
+    """Rows start ... stop - 1 as the fields of a Sample, unchecked; row groups without any of them are not read."""
+    with _open(path) as file:
+        first = 0
+        for group in range(file.num_row_groups):
+            end = first + file.metadata.row_group(group).num_rows
+            if first < stop and end > start:
+                table = _read_group(file, group, file.schema_arrow.names, path).slice(
+                    max(0, start - first), min(stop, end) - max(start, first)
+                )
+                yield from table.to_pylist(maps_as_pydicts="strict")
+            first = end
+
+
 def _open(path: Path | str) -> pq.ParquetFile:
     if not Path(path).is_file():
         raise InputError(f"samples file {str(path)!r} is missing; it must be a Parquet file")

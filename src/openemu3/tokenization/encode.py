@@ -332,7 +332,7 @@ def write_both_orders(item: Item, part: Image | Video, form: SequenceFormat, con
         raise InputError(f"it has no caption in {' or '.join(config.languages)}; the languages of its captions: {found}")
     first, second = ("draw", "describe") if isinstance(part, Image) else ("film", "describe_video")
     for language, caption in captions:
-        drawn = _draw_lot(config.seed, item.dataset, item.id, language)
+        drawn = draw_lot(config.seed, item.dataset, item.id, language)
         if drawn < config.generation_share:
             encoded = form.encode(Document((Text(caption), part)))
             yield EncodedDocument(first, item.id, item.split, encoded, item.dataset, (part.grid,))
@@ -341,7 +341,7 @@ def write_both_orders(item: Item, part: Image | Video, form: SequenceFormat, con
             yield EncodedDocument(second, item.id, item.split, encoded, item.dataset, (part.grid,))
 
 
-def _draw_lot(*key: object) -> float:
+def draw_lot(*key: object) -> float:
     """In [0, 1), from the key alone."""
     digest = hashlib.blake2b("\0".join(map(str, key)).encode("utf-8", "surrogatepass"), digest_size=8).digest()
     return int.from_bytes(digest, "big") / 2**64
