@@ -7,12 +7,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
+from typing import Literal, NamedTuple
 
 from PIL import Image
 
 from openemu3.data.clips import PixelBatchesConfig
-from openemu3.data.documents import DocumentBatchesConfig
+from openemu3.data.loader import LoaderConfig
+from openemu3.data.mixture import MixtureConfig
+from openemu3.distributed import ParallelConfig
 from openemu3.generation.tasks import Emu3, TaskDefaults
 from openemu3.media import from_pil, write_image
 from openemu3.model.transformer import Transformer, TransformerConfig
@@ -139,13 +144,85 @@ def build_mini_language_run(tokenizers: Path, documents: tuple[Path, ...], folde
             role_weights=RoleWeights(text_context=0.05, text_target=8.0, vision=1.0, structure=0.05),
             vision_noise=0.15,
         ),
-        batches=DocumentBatchesConfig(
-            tokens_per_batch=2048,
-            mixture={"draw": 1.0, "describe": 0.4, "film": 0.5, "describe_video": 0.05},
+        batches=LoaderConfig(
+            context_length=1024,
+            rows_per_batch=2,
+            rows_per_micro_batch=2,
+            mixture=MixtureConfig(rates={"draw": 1.0, "describe": 0.4, "film": 0.5, "describe_video": 0.05}),
             null_prompt_share=0.05,
             learn_described_codes=False,
         ),
     )
+
+
+def build_mini_stage_run(
+    stage: Literal[1, 2], tokenizers: Path, documents: tuple[Path, ...], folder: Path, num_steps: int = 400
+) -> LanguageRun:
+    """The paper's two stages in small: short rows that hold stills alone, then longer ones with films, with the paper's role weights.
+
+    As in the paper, it is the context that keeps films out of stage 1: 288 tokens hold three stills, but no film. Both stages measure
+    stills and films, before the first step and after the last.
+    """
+    run = build_mini_language_run(tokenizers, documents, folder, num_steps)
+    context = 288 if stage == 1 else 1024
+    return replace(
+        run,
+        trainer=TrainerConfig(
+            folder, num_steps, validate_every=200, sample_every=0, save_every=100, validate_first=True, peak_flops=run.trainer.peak_flops
+        ),
+        learner=LanguageLearnerConfig(
+            optimizer=OptimizerConfig(1.2e-3 if stage == 1 else 6e-4, num_steps, min(50, num_steps), max_grad_norm=1.0)
+        ),
+        batches=LoaderConfig(
+            context, rows_per_batch=8 if stage == 1 else 2, rows_per_micro_batch=8 if stage == 1 else 2, null_prompt_share=0.05
+        ),
+        validation_split="heldout_picture",
+        validation_context=1024,
+    )
+
+
+def build_8b_stage_run(
+    stage: Literal[1, 2], tokenizers: Path, documents: tuple[Path, ...], folder: Path, num_steps: int | None = None
+) -> LanguageRun:
+    """The published model's pre-training (paper, section 2.4): text and images in rows of 5,120 tokens, then with video in rows of 131,072.
+
+    Published: sizes, contexts, dropout 0.1, vision weight 0.5, learning rate 5e-5 with a cosine to zero in both stages. The number of
+    steps, the batch, warm-up, betas, decay and clipping are not. Emu3.5's stand in (arXiv 2510.26583): 14.7 million tokens a batch, 700
+    steps of warm-up, 0.9/0.95, 0.1 and 5, and three quarters of the steps in stage 1. `init_from` hands stage 1's weights to stage 2.
+    """
+    if num_steps is None:
+        num_steps = 300_000 if stage == 1 else 100_000
+    context, rows = (5120, 2880) if stage == 1 else (131_072, 112)
+    return LanguageRun(
+        tokenizers=tokenizers,
+        documents=documents,
+        transformer=EMU3_8B,
+        trainer=TrainerConfig(folder, num_steps, validate_every=2000, sample_every=0, save_every=1000, keep_checkpoints=3),
+        learner=LanguageLearnerConfig(optimizer=OptimizerConfig(5e-5, num_steps, min(700, num_steps))),
+        batches=LoaderConfig(context, rows),
+        parallel=ParallelConfig(activation_checkpointing="selective", compile=True),
+        validation_split="validation",
+        max_validation=2048,
+    )
+
+
+class LanguagePreset(NamedTuple):
+    """A language run by name: how it is built, and for what is drawn while it goes on, its prompts ((): none) and what suits them."""
+
+    build: Callable[..., LanguageRun]
+    prompts: tuple[str, ...]
+    defaults: TaskDefaults
+    image_area: int
+
+
+# Called with tokenizers, documents, run folder and, if it is not to be the preset's, num_steps.
+LANGUAGE_PRESETS = {
+    "mini": LanguagePreset(build_mini_language_run, MINI_PROMPTS, MINI_DEFAULTS, MINI_IMAGE_AREA),
+    "mini-stage1": LanguagePreset(partial(build_mini_stage_run, 1), (), MINI_DEFAULTS, MINI_IMAGE_AREA),
+    "mini-stage2": LanguagePreset(partial(build_mini_stage_run, 2), (), MINI_DEFAULTS, MINI_IMAGE_AREA),
+    "emu3-8b-stage1": LanguagePreset(partial(build_8b_stage_run, 1), (), TaskDefaults(), 512 * 512),
+    "emu3-8b-stage2": LanguagePreset(partial(build_8b_stage_run, 2), (), TaskDefaults(), 512 * 512),
+}
 
 
 def build_sheet_drawer(

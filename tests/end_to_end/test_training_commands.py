@@ -11,8 +11,8 @@ from io import BytesIO
 import pytest
 from PIL import Image, ImageDraw
 
-from openemu3.data.documents import DocumentTable
 from openemu3.data.samples import write_samples
+from openemu3.data.shards import DocumentStore
 from openemu3.media import read_image
 from openemu3.records import Sample
 from openemu3.tokenization.text import train_text_tokenizer
@@ -60,9 +60,9 @@ def work(tmp_path_factory, emu3_command, lpips_weights):
 
     run("vision", "train", "vision-tokenizer", "samples.parquet", "--output", "runs/vision", "--num-steps", 4, *FEW_PICTURES)
     run("tokenizers", "export", "tokenizers", "runs/vision", "--text", "text.tiktoken", "--output", "tokenizers")
-    run("documents", "tokenize", "samples.parquet", "--tokenizers", "tokenizers", "--output", "documents.parquet")
-    flags = ["--num-steps", 2, "--tokens-per-batch", 256, "--prompts", "3D red ball", "--max-validation", 4]
-    run("language", "train", "language", "documents.parquet", "--tokenizers", "tokenizers", "--output", "runs/language", *flags)
+    run("documents", "tokenize", "samples.parquet", "--tokenizers", "tokenizers", "--output", "documents")
+    flags = ["--num-steps", 2, "--context-length", 512, "--rows-per-batch", 1, "--prompts", "3D red ball", "--max-validation", 4]
+    run("language", "train", "language", "documents", "--tokenizers", "tokenizers", "--output", "runs/language", *flags)
     flags = ["--preset", "mini-decoder", "--init-from", "runs/vision", "--num-steps", 2, *FEW_PICTURES]
     run("decoder", "train", "vision-tokenizer", "samples.parquet", "--output", "runs/decoder", *flags)
     run("tuned", "export", "tokenizers", "runs/decoder", "--text", "text.tiktoken", "--output", "tuned")
@@ -77,9 +77,8 @@ def test_from_pictures_to_a_picture(work):
     assert said["tokenizers"]["files"].keys() == {"config.json", "text.tiktoken", "vision_tokenizer.safetensors"}
     # 6 stills x 2 languages and 6 clips x 1, each in both orders
     sources = {"draw": 12, "describe": 12, "film": 6, "describe_video": 6}
-    assert said["documents"] | {"seconds": 0} == {
-        "file": "documents.parquet", "documents": 36, "samples": 12, "sources": sources, "seconds": 0
-    }  # fmt: skip
+    assert said["documents"]["sources"] == sources and said["documents"]["folder"] == "documents" and said["documents"]["complete"]
+    assert (said["documents"]["num_documents"], said["documents"]["num_items"], said["documents"]["num_refused"]) == (36, 12, 0)
     assert said["language"]["steps"] == 2 and 0 < said["language"]["validation/loss"] < 20
     assert read_image(folder / "runs" / "language" / "samples" / "step-00000002.png").shape == (3, 1, 64, 64)
     assert {path.name for path in (folder / "runs" / "decoder" / "samples").iterdir()} == {
@@ -90,13 +89,32 @@ def test_from_pictures_to_a_picture(work):
     assert json.loads((folder / "model" / "config.json").read_text())["generation"]["clip_frames"] == 16
 
 
-def test_documents_are_what_a_person_would_expect(work):
-    folder, _ = work
-    table = DocumentTable([folder / "documents.parquet"], {"train"})
-    drawn = table.lengths[[index for index, source in enumerate(table.sources) if source == "draw"]]
-    filmed = table.lengths[[index for index, source in enumerate(table.sources) if source == "film"]]
+def test_documents_are_what_a_person_would_expect(work, emu3_command):
+    folder, said = work
+    store = DocumentStore([folder / "documents"], {"train"})
+    drawn = store.lengths[store.source_of == store.sources.index("draw")]
+    filmed = store.lengths[store.source_of == store.sources.index("film")]
     assert len(drawn) == 8 and len(filmed) == 4
     assert drawn.min() > 64 + 8 and filmed.min() > 4 * (64 + 8) and filmed.max() < 4 * (64 + 9) + 40
+    done = emu3_command("pack", "documents", "--context-length", 512, cwd=folder)
+    assert done.returncode == 0 and done.stdout.startswith("24 documents in "), done.stderr
+    done = emu3_command("pack", "documents", "--context-length", 200, "--mixture", "draw", 2, "--json", cwd=folder)
+    report = json.loads(done.stdout)
+    assert report["num_documents"] == 2 * 8 + 8 and 0.5 < report["fill_rate"] <= 1
+    (refused,) = report["refused"].items()  # the films
+    assert refused[0] == "of more than 200 tokens that hold vision, which is not cut" and refused[1][0] == 8
+
+
+def test_a_tokenisation_again_does_nothing(work, emu3_command):
+    folder, said = work
+    before = {path: path.stat().st_mtime_ns for path in (folder / "documents").glob("documents-*")}
+    done = emu3_command("tokenize", "samples.parquet", "--tokenizers", "tokenizers", "--output", "documents", cwd=folder)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("documents: 36 documents (12 describe, 6 describe_video, 12 draw, 6 film), ")
+    assert {path: path.stat().st_mtime_ns for path in (folder / "documents").glob("documents-*")} == before
+    flags = ["--tokenizers", "tokenizers", "--output", "documents", "--clip-frames", 8]
+    done = emu3_command("tokenize", "samples.parquet", *flags, cwd=folder)
+    assert done.returncode == 2 and 'was begun with encode {"clip_frames": 16}, not {"clip_frames": 8}' in done.stderr
 
 
 def test_a_complete_run_is_not_trained_again(work, emu3_command, monkeypatch, lpips_weights):
@@ -114,8 +132,9 @@ def test_a_complete_run_is_not_trained_again(work, emu3_command, monkeypatch, lp
 def test_a_stopped_run_says_so_and_goes_on(work, tmp_path):
     """SIGTERM while it trains: it saves, says where it is, and ends with 130; the same command goes on."""
     folder, _ = work
-    command = [sys.executable, "-m", "openemu3.cli", "train", "language", "documents.parquet", "--tokenizers", "tokenizers"]
-    command += ["--output", str(tmp_path / "run"), "--num-steps", "1000", "--tokens-per-batch", "128", "--max-validation", "4"]
+    command = [sys.executable, "-m", "openemu3.cli", "train", "language", "documents", "--tokenizers", "tokenizers"]
+    command += ["--output", str(tmp_path / "run"), "--num-steps", "1000", "--context-length", "512", "--tokens-per-batch", "512"]
+    command += ["--max-validation", "4"]
     command += ["--validate-every", "0", "--prompts", "a"]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     process = subprocess.Popen(command, cwd=folder, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
@@ -144,12 +163,12 @@ def test_a_stopped_run_says_so_and_goes_on(work, tmp_path):
         (["tokenize", "samples.parquet", "--tokenizers", "runs", "--output", "a.parquet"], "runs"),
         (["tokenize", "samples.parquet", "--tokenizers", "tokenizers", "--output", "a.parquet", "--clip-stride", "0"], "clip_stride is 0"),
         (["train", "vision-tokenizer", "--output", "new"], "no file of samples was given"),
-        (["train", "vision-tokenizer", "documents.parquet", "--output", "new"], "has the columns"),
+        (["train", "vision-tokenizer", "documents", "--output", "new"], "has the columns"),
         (["train", "vision-tokenizer", "samples.parquet", "--output", "new", "--num-steps", "0"], "num_steps is 0"),
         (["train", "vision-tokenizer", "samples.parquet", "--output", "new", "--preset", "mini-decoder"], "init-from is missing"),
         (["train", "vision-tokenizer", "samples.parquet", "--output", "new", "--validation-split", "x"], "no samples of split 'x'"),
         (["train", "language", "samples.parquet", "--tokenizers", "tokenizers", "--output", "new"], "does not hold token documents"),
-        (["train", "language", "documents.parquet", "--tokenizers", "model", "--output", "runs/vision"], "is of another configuration"),
+        (["train", "language", "documents", "--tokenizers", "model", "--output", "runs/vision"], "is of another configuration"),
         (["train", "language", "a.parquet", "--tokenizers", "tokenizers", "--output", "new", "--mixture", "draw", "-1"], "mixture has"),
         (["export", "tokenizers", "nowhere", "--text", "text.tiktoken", "--output", "new"], "nowhere holds no checkpoint"),
         (["export", "tokenizers", "runs/vision", "--text", "nothing.tiktoken", "--output", "new"], "nothing.tiktoken"),

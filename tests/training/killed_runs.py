@@ -18,7 +18,8 @@ import torch
 import torch.utils.tensorboard  # slow, so here once instead of in every child
 
 from openemu3.data.clips import PixelBatchesConfig
-from openemu3.data.documents import DocumentBatchesConfig
+from openemu3.data.loader import LoaderConfig
+from openemu3.data.mixture import MixtureConfig
 from openemu3.model.transformer import TransformerConfig
 from openemu3.tokenization.vision import VisionTokenizerConfig
 from openemu3.training.language_learner import LanguageLearnerConfig
@@ -68,9 +69,9 @@ def build_language_run(data: Path, folder: Path) -> LanguageRun:
             dropout=0.1,
             max_positions=256,
         ),
-        trainer=TrainerConfig(folder, num_steps=30, micro_batches=2, log_every=1, validate_every=7, save_every=3),
+        trainer=TrainerConfig(folder, num_steps=30, log_every=1, peak_flops=0, validate_every=7, save_every=3),
         learner=LanguageLearnerConfig(OptimizerConfig(3e-3, 30, 3), vision_noise=0.2),
-        batches=DocumentBatchesConfig(tokens_per_batch=256, mixture={"draw": 1.5}),
+        batches=LoaderConfig(128, rows_per_batch=2, mixture=MixtureConfig(rates={"draw": 1.5})),
         validation_split="heldout",
     )
 

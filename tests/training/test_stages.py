@@ -7,28 +7,29 @@ import pytest
 import torch
 
 from openemu3.data.clips import PixelBatchesConfig
-from openemu3.data.documents import DocumentBatchesConfig, DocumentTable, write_documents
+from openemu3.data.loader import LoaderConfig
 from openemu3.data.samples import read_samples, write_samples
+from openemu3.data.shards import write_documents
 from openemu3.generation.tasks import Emu3, TaskDefaults
 from openemu3.media import read_image
 from openemu3.model.weights import load_state, read_config
 from openemu3.presets import build_sheet_drawer
 from openemu3.records import InputError
 from openemu3.tokenization.encode import EncodeConfig, encode_samples
-from openemu3.tokenization.sequence import Role
 from openemu3.tokenization.vision import VisionTokenizerConfig
 from openemu3.training.checkpoint import add_prefix, list_checkpoints, load_checkpoint, save_checkpoint, take_prefix
 from openemu3.training.export import (
     compute_fingerprint,
     export_model,
     export_tokenizers,
+    load_newest,
     load_tokenizers,
     read_description,
     read_vocabulary,
 )
 from openemu3.training.language_learner import LanguageLearnerConfig, RoleWeights
 from openemu3.training.optimizer import OptimizerConfig
-from openemu3.training.stages import LanguageRun, VisionTokenizerRun, read_in_order
+from openemu3.training.stages import LanguageRun, VisionTokenizerRun, open_weights
 from openemu3.training.trainer import TrainerConfig
 from openemu3.training.vision_learner import VisionLearnerConfig
 
@@ -56,8 +57,8 @@ def make_language_run(tokenizers, documents, folder, transformer_config, **chang
         documents=(documents,),
         transformer=changes.pop("transformer", transformer_config),
         trainer=TrainerConfig(folder, num_steps=4, save_every=2, log_every=1),
-        learner=changes.pop("learner", LanguageLearnerConfig(OptimizerConfig(1e-3, 4, 1), autocast_bf16=False)),
-        batches=DocumentBatchesConfig(tokens_per_batch=256),
+        learner=changes.pop("learner", LanguageLearnerConfig(OptimizerConfig(1e-3, 4, 1), precision="fp32")),
+        batches=changes.pop("batches", LoaderConfig(128, rows_per_batch=2)),
         validation_split="heldout",
         **changes,
     )
@@ -167,22 +168,85 @@ def test_a_language_run_without_what_it_needs(data, transformer_config, tmp_path
     nothing = LanguageLearnerConfig(role_weights=RoleWeights(0, 0, 0, 0))
     with pytest.raises(InputError, match="count no token of the documents"):
         start(learner=nothing)
-    table = DocumentTable([data / "documents.parquet"], {"train"})
+    with pytest.raises(InputError, match="context_length is 512; the model's positions allow at most 256"):
+        start(batches=LoaderConfig(512))
     write_documents(tmp_path / "other.parquet", [], "of another tokenizer")
     run = make_language_run(data / "tokenizers", tmp_path / "other.parquet", tmp_path / "run", transformer_config)
     with pytest.raises(InputError, match="was tokenised by 'of another tokenizer'"):
         run.run()
-    assert len(table) and not (tmp_path / "run").exists()
+    assert not (tmp_path / "run").exists()
 
 
-def test_held_out_documents_are_spread_over_the_table(data):
-    table = DocumentTable([data / "documents.parquet"], {"train"})
-    batches = list(read_in_order(table, 7, 300, batch_size=3))
-    assert [len(batch.token_ids) for batch in batches][:-1] == [3] * (len(batches) - 1)
-    lengths = [int((roles != Role.PADDING).sum()) for batch in batches for roles in batch.roles]
-    step = -(-len(table) // 7)
-    assert lengths == table.lengths[::step].tolist() and len(lengths) <= 7
-    assert sum(len(batch.token_ids) for batch in read_in_order(table, 10_000, 300)) == len(table)
+def read_weights(run):
+    return load_newest(run, "transformer")
+
+
+@pytest.mark.parametrize("changes", [{"rows_per_micro_batch": 1}, {"prefetch": 0}])
+def test_micro_batches_and_prefetching_change_nothing(data, transformer_config, tmp_path, changes):
+    calm = dataclasses.replace(transformer_config, dropout=0.0)
+
+    def train(name, **batches):
+        config = LoaderConfig(128, rows_per_batch=4, **{"rows_per_micro_batch": 4, **batches})
+        make_language_run(data / "tokenizers", data / "documents.parquet", tmp_path / name, calm, batches=config).run()
+        rows = [json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
+        return read_weights(tmp_path / name), [row["loss"] for row in rows if "loss" in row]
+
+    (one, losses), (other, other_losses) = train("one"), train("other", **changes)
+    assert losses == pytest.approx(other_losses, rel=1e-5) and len(losses) == 4
+    for name, tensor in one.items():
+        torch.testing.assert_close(other[name], tensor, rtol=0, atol=2e-5)
+
+
+def test_a_run_says_how_it_does(data, transformer_config, tmp_path, capsys):
+    make_language_run(data / "tokenizers", data / "documents.parquet", tmp_path, transformer_config).run()
+    rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    wanted = {"loss", "loss_vision", "image/loss_vision", "video/loss_vision", "image/loss_text_target", "grad_norm", "learning_rate"}
+    wanted |= {"tokens", "tokens_per_second", "fill_rate", "mfu", "memory_gb", "data_wait", "position"}
+    assert wanted <= {name for row in rows for name in row}
+    assert 0 < rows[0]["mfu"] < 1 and 0.5 < rows[0]["fill_rate"] <= 1
+    assert "documents in" in capsys.readouterr().err  # how full the rows are
+
+
+def test_a_second_stage_goes_on_from_the_first_ones_weights(data, transformer_config, tmp_path):
+    """From its run folder and from the model folder made of it, in bf16: the same to rounding, and measured before the first step."""
+
+    def train(folder, **changes):
+        run = make_language_run(data / "tokenizers", data / "documents.parquet", folder, transformer_config, **changes)
+        run = dataclasses.replace(run, trainer=dataclasses.replace(run.trainer, validate_first=True))
+        run.run()
+        rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+        return [row["validation/loss"] for row in rows if "validation/loss" in row]
+
+    before, after = train(tmp_path / "first")
+    assert after < before
+    export_model(tmp_path / "first", None, data / "tokenizers", tmp_path / "model", 1024)
+    assert train(tmp_path / "second", init_from=tmp_path / "first")[0] == pytest.approx(after, rel=1e-6)
+    assert train(tmp_path / "third", init_from=tmp_path / "model")[0] == pytest.approx(after, rel=1e-2)
+    assert read_description(tmp_path / "second", "language")["init_from"] == str(tmp_path / "first")
+
+    deeper = dataclasses.replace(transformer_config, num_layers=3)
+    with pytest.raises(InputError, match="weights differ from the model in 9 names"):
+        train(tmp_path / "fourth", init_from=tmp_path / "first", transformer=deeper)
+    with pytest.raises(InputError, match="holds no checkpoint|does not exist"):
+        train(tmp_path / "fourth", init_from=tmp_path / "nowhere")
+
+
+def test_weights_of_other_tokenizers_are_refused(data, transformer_config, tmp_path):
+    make_language_run(data / "tokenizers", data / "documents.parquet", tmp_path / "run", transformer_config).run()
+    export_model(tmp_path / "run", None, data / "tokenizers", tmp_path / "model", 1024)
+    for folder in ("run", "model"):
+        assert open_weights(tmp_path / folder, compute_fingerprint(data / "tokenizers"))
+        with pytest.raises(InputError, match="other tokenizers; documents and first weights must belong together"):
+            open_weights(tmp_path / folder, "of others")
+
+
+def test_other_documents_are_noticed_when_a_run_goes_on(data, transformer_config, tmp_path):
+    run = make_language_run(data / "tokenizers", data / "documents.parquet", tmp_path, transformer_config)
+    run.run()
+    longer = dataclasses.replace(run, trainer=dataclasses.replace(run.trainer, num_steps=6))
+    with pytest.raises(InputError, match="go on with the same documents, mixture, context length and seed"):
+        dataclasses.replace(longer, batches=LoaderConfig(128, rows_per_batch=2, seed=1)).run()
+    assert longer.run().step == 6
 
 
 # ---- exporting what does not fit

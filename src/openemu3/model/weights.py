@@ -79,6 +79,25 @@ def load_state(folder: Path | str, part: Part) -> Iterator[tuple[str, Tensor]]:
     return ((name, window.clone()) for name, window in _read_tensors(_list_tensors(folder, part)))
 
 
+def open_state(folder: Path | str, part: Part) -> Mapping[str, Tensor]:
+    """The same by name, each tensor read when it is asked for: a window on the file, to be copied by whoever keeps it."""
+    return _OpenState(_list_tensors(_check_folder(folder), part))
+
+
+class _OpenState(Mapping[str, Tensor]):
+    def __init__(self, stored: Mapping[str, "_Stored"]) -> None:
+        self._stored = stored
+
+    def __getitem__(self, name: str) -> Tensor:
+        return next(window for _, window in _read_tensors({name: self._stored[name]}))
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._stored)
+
+    def __len__(self) -> int:
+        return len(self._stored)
+
+
 class _Stored(NamedTuple):
     """Where a tensor lies."""
 

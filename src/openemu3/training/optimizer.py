@@ -17,6 +17,8 @@ from torch.distributed.tensor import DTensor
 
 from openemu3.records import InputError
 
+SLICE = 2**22  # numbers that `RoundingAdamW` updates at a time
+
 
 @dataclass(frozen=True)
 class OptimizerConfig:
@@ -100,16 +102,19 @@ class RoundingAdamW(torch.optim.Optimizer):
                 state = self.state[parameter]
                 state["step"] += 1
                 time = int(state["step"])
-                weight, grad, mean, square = map(to_local, (parameter, parameter.grad, state["exp_avg"], state["exp_avg_sq"]))
-                grad = grad.float()
-                new_mean = mean.float().lerp_(grad, 1 - beta)
-                new_square = square.float().lerp_(grad.square(), 1 - beta_sq)
-                scale = (new_square / (1 - beta_sq**time)).sqrt_().add_(group["eps"])
-                new_weight = weight.float().mul_(1 - group["lr"] * group["weight_decay"])
-                new_weight.addcdiv_(new_mean, scale, value=-group["lr"] / (1 - beta**time))
-                generator = torch.Generator(weight.device).manual_seed(time * 1_000_003 + number)
-                for kept, new in ((mean, new_mean), (square, new_square), (weight, new_weight)):
-                    kept.copy_(round_by_chance(new, generator) if kept.dtype == torch.bfloat16 else new)
+                grads = to_local(parameter.grad).reshape(-1)
+                kept = [to_local(tensor).view(-1) for tensor in (parameter, state["exp_avg"], state["exp_avg_sq"])]
+                generator = torch.Generator(parameter.device).manual_seed(time * 1_000_003 + number)
+                # A slice at a time: in fp32 and with its noise, the embedding of the 8B model would take 21 GiB.
+                for grad, weight, mean, square in zip(*(tensor.split(SLICE) for tensor in (grads, *kept)), strict=True):
+                    grad = grad.float()
+                    new_mean = mean.float().lerp_(grad, 1 - beta)
+                    new_square = square.float().lerp_(grad.square(), 1 - beta_sq)
+                    scale = (new_square / (1 - beta_sq**time)).sqrt_().add_(group["eps"])
+                    new_weight = weight.float().mul_(1 - group["lr"] * group["weight_decay"])
+                    new_weight.addcdiv_(new_mean, scale, value=-group["lr"] / (1 - beta**time))
+                    for old, new in ((mean, new_mean), (square, new_square), (weight, new_weight)):
+                        old.copy_(round_by_chance(new, generator) if old.dtype == torch.bfloat16 else new)
 
 
 def round_by_chance(values: Tensor, generator: torch.Generator) -> Tensor:

@@ -7,26 +7,34 @@ Stages differ in data and weights, never in code: they all go through the one Tr
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
+from itertools import chain
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
 import torch
-from torch import nn
+from rich.console import Console
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
 
 from openemu3.data.clips import PixelBatch, PixelBatches, PixelBatchesConfig, stack
-from openemu3.data.documents import DocumentBatches, DocumentBatchesConfig, DocumentTable, LanguageBatch, pad_documents
+from openemu3.data.loader import LoaderConfig, TokenLoader, read_held_out
+from openemu3.data.packing import TokenBatch
 from openemu3.data.samples import read_samples
+from openemu3.data.shards import DocumentStore, spread_evenly
+from openemu3.distributed import ParallelConfig, data_rank, distributed_run, is_first
 from openemu3.media import read_image
-from openemu3.model.transformer import Transformer, TransformerConfig, build_transformer
+from openemu3.model.parallelize import fill_weights, load_full_weights, parallelize
+from openemu3.model.transformer import Transformer, TransformerConfig
+from openemu3.model.weights import open_state
 from openemu3.records import InputError, Sample
 from openemu3.tokenization.encode import read_clip
 from openemu3.tokenization.vision import VisionTokenizer, VisionTokenizerConfig
-from openemu3.training.export import compute_fingerprint, load_newest, read_vocabulary
-from openemu3.training.language_learner import LanguageLearner, LanguageLearnerConfig
-from openemu3.training.trainer import Trainer, TrainerConfig
+from openemu3.training.export import TEXT_RANKS, compute_fingerprint, load_newest, read_description, read_vocabulary
+from openemu3.training.language_learner import LanguageLearner, LanguageLearnerConfig, RoleWeights
+from openemu3.training.throughput import measure_peak_flops
+from openemu3.training.trainer import DESCRIPTION_FILE, Trainer, TrainerConfig
 from openemu3.training.vision_learner import VisionLearner, VisionLearnerConfig, extend_codebook
 
 
@@ -134,38 +142,103 @@ class LanguageRun:
     """Training a language model on token documents; every stage is one of these with other documents, weights and schedule."""
 
     tokenizers: Path  # folder with vision tokenizer and text ranks, as `export_tokenizers` writes it
-    documents: tuple[Path, ...]
+    documents: tuple[Path, ...]  # folders that `emu3 tokenize` writes, or single Parquet files of documents
     transformer: TransformerConfig
     trainer: TrainerConfig
     learner: LanguageLearnerConfig = field(default_factory=LanguageLearnerConfig)
-    batches: DocumentBatchesConfig = field(default_factory=DocumentBatchesConfig)
+    batches: LoaderConfig = field(default_factory=LoaderConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    # Weights to begin with: a model folder, or the folder of another run of the same network; None: fresh ones.
+    init_from: Path | None = None
     validation_split: str = "heldout_combination"
     max_validation: int = 256  # documents
+    validation_context: int | None = None  # tokens of a row to measure on, where longer documents are to be measured than learnt
     seed: int = 0
     device: str = "cpu"
 
     def run(self, sample: Callable[[Transformer, Path, int], None] | None = None) -> Trainer:
-        """Train; a run that was stopped says so by `is_complete`, and goes on when it is called again. sample: as in LanguageLearner."""
+        """Train; a run that was stopped says so by `is_complete`, and goes on when it is called again. sample: as in LanguageLearner.
+
+        To be called by every process that `torchrun` starts, as many as `parallel` wants.
+        """
         vocabulary = read_vocabulary(self.tokenizers)
         if self.transformer.vocab_size != vocabulary.size:
             raise InputError(f"vocab_size is {self.transformer.vocab_size}; the tokenizers in {self.tokenizers} need {vocabulary.size}")
+        if self.batches.context_length > self.transformer.max_positions:
+            raise InputError(
+                f"context_length is {self.batches.context_length}; the model's positions allow at most {self.transformer.max_positions}"
+            )
         fingerprint = compute_fingerprint(self.tokenizers)
-        table = DocumentTable(self.documents, {"train"}, fingerprint)
-        held_out = DocumentTable(self.documents, {self.validation_split}, fingerprint)
-        weights = self.learner.role_weights.to_table().numpy()
-        if not weights[np.unique(table.roles)].any():
-            raise InputError(f"role weights {self.learner.role_weights} count no token of the documents; there is nothing to learn")
-        transformer = build_transformer(self.transformer, torch.Generator(self.device).manual_seed(self.seed))
-        learner = LanguageLearner(transformer, self.learner, lambda: read_in_order(held_out, self.max_validation, vocabulary.pad), sample)
-        batches = DocumentBatches(table, self.batches, vocabulary.pad)
-        # The fingerprint lets exporting refuse other tokenizers than those that the documents were written with.
-        trainer = Trainer(self.trainer, learner, batches, describe_run("language", self) | {"fingerprint": fingerprint})
-        trainer.run()
+        store = DocumentStore(self.documents, {"train"}, fingerprint)
+        held_out = DocumentStore(self.documents, {self.validation_split}, fingerprint)
+        check_targets(store, self.learner.role_weights)
+        with distributed_run(self.parallel, self.device) as mesh:
+            rank, dp = data_rank(mesh)
+            loader = TokenLoader(store, self.batches, vocabulary.pad, dp, rank)
+            if is_first(mesh):
+                Console(stderr=True).print(loader.report.describe(), highlight=False)
+            transformer = self.build_transformer(mesh, fingerprint)
+
+            def validate() -> Iterator[TokenBatch]:
+                context = self.validation_context or self.batches.context_length
+                rows = max(1, self.batches.rows_per_micro_batch * self.batches.context_length // context)
+                return read_held_out(held_out, context, vocabulary.pad, self.max_validation, rows, dp, rank)
+
+            learner = LanguageLearner(transformer, self.learner, vocabulary, validate, sample, mesh)
+            micro_batches = self.batches.rows_per_batch // (dp * self.batches.rows_per_micro_batch)
+            peak = self.trainer.peak_flops
+            if peak is None:
+                peak = measure_peak_flops(self.device, self.learner.compute_dtype)
+            trainer = Trainer(
+                replace(self.trainer, micro_batches=micro_batches, peak_flops=peak),
+                learner,
+                MicroBatches(loader, micro_batches),
+                # The fingerprint lets exporting refuse other tokenizers than those that the documents were written with.
+                describe_run("language", self) | {"fingerprint": fingerprint},
+                mesh,
+                lambda batch: (name for row in batch.sample_ids for name in row),
+                loader,
+            )
+            trainer.run()
         return trainer
 
+    def build_transformer(self, mesh: DeviceMesh | None, fingerprint: str) -> Transformer:
+        """The network with its first weights, spread over the mesh. fingerprint: of the tokenizers that made the documents."""
+        transformer = Transformer(self.transformer).to(self.learner.weight_dtype)
+        parallelize(transformer, mesh, self.parallel, None if self.learner.precision == "fp32" else torch.bfloat16)
+        if self.init_from is None:
+            fill_weights(transformer, torch.Generator(self.device).manual_seed(self.seed))
+        else:
+            load_full_weights(transformer, open_weights(self.init_from, fingerprint), self.device)
+        return transformer
 
-def read_in_order(table: DocumentTable, max_documents: int, pad_id: int, batch_size: int = 16) -> Iterator[LanguageBatch]:
-    """Documents spread evenly over the table, a few at a time, with nothing dropped."""
-    chosen = range(0, len(table), max(1, -(-len(table) // max_documents)))
-    for first in range(0, len(chosen), batch_size):
-        yield pad_documents([table.read(i) for i in chosen[first : first + batch_size]], pad_id)
+
+class MicroBatches:
+    """A TokenLoader, which gives all micro-batches of a step at once, as the loop wants them: one after the other."""
+
+    def __init__(self, loader: TokenLoader, per_step: int) -> None:
+        self.loader, self.per_step = loader, per_step
+
+    def __call__(self, position: int) -> Iterator[TokenBatch]:
+        step = position // self.per_step
+        # A loader that is there already, from its saved state, need not count its way.
+        steps = iter(self.loader) if self.loader.position == step else self.loader(step)
+        return chain.from_iterable(steps)
+
+
+def check_targets(store: DocumentStore, weights: RoleWeights, max_documents: int = 1000) -> None:
+    """InputError where no token counts in any of the documents, looked at here and there."""
+    table = weights.to_table().numpy()
+    if not any(table[store.read(index)[1]].any() for index in spread_evenly(len(store), max_documents)):
+        raise InputError(f"role weights {weights} count no token of the documents; there is nothing to learn")
+
+
+def open_weights(folder: Path, fingerprint: str) -> Mapping[str, Tensor]:
+    """The transformer's weights in a model folder or in a run folder. InputError where they belong to other tokenizers."""
+    if (folder / DESCRIPTION_FILE).exists():
+        if read_description(folder, "language")["fingerprint"] != fingerprint:
+            raise InputError(f"{folder} was trained on documents of other tokenizers; documents and first weights must belong together")
+        return load_newest(folder, "transformer")
+    if (folder / TEXT_RANKS).exists() and compute_fingerprint(folder) != fingerprint:
+        raise InputError(f"{folder} holds a model of other tokenizers; documents and first weights must belong together")
+    return open_state(folder, "transformer")

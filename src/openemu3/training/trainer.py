@@ -66,6 +66,12 @@ class Learner(Protocol):
         """Take over `tensors`, which are those of `list_tensors`, filled, and what `list_state` gave."""
 
 
+class Stateful(Protocol):
+    def state_dict(self) -> State: ...
+
+    def load_state_dict(self, state: State) -> None: ...
+
+
 @dataclass(frozen=True)
 class TrainerConfig:
     """When to do what. Cadences are in steps; 0 means never, but the last step always validates, samples and saves."""
@@ -81,14 +87,14 @@ class TrainerConfig:
     max_bad_steps: int = 10  # consecutive steps that were not finite, before the run gives up
     seed: int = 0  # of dropout; torch's global generator is set anew from it and the step's number before every step
     validate_first: bool = False  # measure before the first step, too
-    peak_flops: float = 0.0  # what one device can do in a second, for MFU; 0: MFU is not reported
+    peak_flops: float | None = None  # what one device can do in a second, for MFU; 0: MFU is not reported; None: a language run measures it
     wandb: str = ""  # project to log to as well; "": none
 
     def __post_init__(self) -> None:
         for name in ("num_steps", "micro_batches", "keep_checkpoints", "max_bad_steps"):
             if getattr(self, name) < 1:
                 raise InputError(f"{name} is {getattr(self, name)}; it must be at least 1")
-        if not 0 <= self.peak_flops < math.inf:
+        if self.peak_flops is not None and not 0 <= self.peak_flops < math.inf:
             raise InputError(f"peak_flops is {self.peak_flops}; a finite number of at least 0 is allowed")
 
 
@@ -100,6 +106,7 @@ class Trainer:
         description: what is trained on what, in plain values; kept as `run.json` in the run folder, where exporting finds it.
         mesh: of the run's ranks; None for a single process.
         name_samples: what a micro-batch was made of, to be logged when its step has to be skipped.
+        loader: what the batches come from, if it has a state that finds a position faster, and knows data that are not the same.
     """
 
     def __init__(
@@ -110,6 +117,7 @@ class Trainer:
         description: Mapping[str, Any] | None = None,
         mesh: DeviceMesh | None = None,
         name_samples: Callable[[Any], Iterable[str]] | None = None,
+        loader: Stateful | None = None,
     ) -> None:
         self.config = config
         self.learner = learner
@@ -117,6 +125,7 @@ class Trainer:
         self.description = description
         self.mesh = mesh
         self.name_samples = name_samples
+        self.loader = loader
         self.step = 0  # steps done
         self.saved_step = 0  # those in the newest checkpoint, or in the one that is being written
         self.stopping = False
@@ -159,7 +168,7 @@ class Trainer:
         source = self.batches(self.step * config.micro_batches)
         if config.validate_first and self.step == 0:
             self._validate(log)
-        bad_steps, rates = 0, Rates(self.mesh, config.peak_flops)
+        bad_steps, rates = 0, Rates(self.mesh, config.peak_flops or 0.0)
         while not self.is_complete and not any_rank(self.mesh, self.stopping):
             seed_step(config.seed, self.step, self.mesh)
             with rates.waiting():
@@ -204,7 +213,10 @@ class Trainer:
             )
 
     def _save(self, checkpoints: CheckpointWriter) -> None:
-        checkpoints.save(self.step, self.learner.list_tensors(), {"step": self.step, "learner": self.learner.list_state()})
+        state = {"step": self.step, "learner": self.learner.list_state()}
+        if self.loader is not None:
+            state["loader"] = self.loader.state_dict()
+        checkpoints.save(self.step, self.learner.list_tensors(), state)
         self.saved_step = self.step
 
     def _resume(self, checkpoints: CheckpointWriter) -> None:
@@ -218,6 +230,8 @@ class Trainer:
         except (RuntimeError, KeyError) as error:  # what torch raises for missing names and other shapes
             reason = " ".join(str(error).split())[:200]
             raise InputError(f"checkpoint {newest} is of another configuration ({reason}); name another run folder") from error
+        if self.loader is not None and "loader" in state:
+            self.loader.load_state_dict(state["loader"])
         self.step = self.saved_step = state["step"]
 
     def _write_description(self) -> None:
