@@ -47,5 +47,4 @@ def serve() -> Iterator[Serve]:
     yield start
     for server, thread in running:
         server.should_exit = True
-        server.force_exit = True
         thread.join()
