@@ -105,14 +105,14 @@ else
 fi
 
 step "7/10 tokenize"
-if [[ -e $work/documents.parquet ]]; then
-    done_already "$work/documents.parquet"
+if [[ -e $work/documents/manifest.json ]]; then
+    done_already "$work/documents"
 else
-    emu3 tokenize "$core/images.parquet" "$core/videos.parquet" --tokenizers "$work/tokenizers" --output "$work/documents.parquet"
+    emu3 tokenize "$core/images.parquet" "$core/videos.parquet" --tokenizers "$work/tokenizers" --output "$work/documents"
 fi
 
 step "8/10 train the language model"
-emu3 train language "$work/documents.parquet" --tokenizers "$work/tokenizers" --output "$work/language" ${language[@]+"${language[@]}"}
+emu3 train language "$work/documents" --tokenizers "$work/tokenizers" --output "$work/language" ${language[@]+"${language[@]}"}
 
 step "9/10 train the vision decoder on, with the codes frozen"
 emu3 train vision-tokenizer "$core/images.parquet" "$core/videos.parquet" --preset mini-decoder --init-from "$work/vision" \

@@ -94,6 +94,8 @@ def write_corpus(
         raise InputError(f"samples_per_shard is {samples_per_shard}; it must be at least 1")
     if not 0 <= worker < num_workers:
         raise InputError(f"worker is {worker}; of {num_workers} workers it must be 0 to {num_workers - 1}")
+    if folder.exists() and not folder.is_dir():
+        raise InputError(f"{folder} is a file; the corpus needs a folder of its own")
     made_of = {
         "version": VERSION,
         "fingerprint": fingerprint,
