@@ -10,6 +10,7 @@ import urllib.request
 
 import pytest
 
+from openemu3 import cli
 from openemu3.data.pairs import read_pairs
 from openemu3.training.export import compute_fingerprint
 
@@ -132,9 +133,11 @@ def shared(tmp_path_factory, emu3_command, model_folder):
 
 
 @pytest.mark.parametrize("name", ["sample", "invite", "serve", "pairs", "export", "import", "remove"])
-def test_every_flag_is_explained(emu3_command, monkeypatch, name):
+def test_every_flag_is_explained(capsys, monkeypatch, name):
     monkeypatch.setenv("COLUMNS", "200")
-    text = re.sub("[│╭╮╰╯─]", " ", emu3_command("preferences", name, "--help").stdout)
+    with pytest.raises(SystemExit):
+        cli.main(["preferences", name, "--help"])
+    text = re.sub("[│╭╮╰╯─]", " ", capsys.readouterr().out)
     flags = re.findall(r"--([\w-]+)(.*?)(?:\(default|\(required)", text, re.DOTALL)
     assert "database" in dict(flags)
     for flag, words in flags:
