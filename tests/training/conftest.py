@@ -7,8 +7,8 @@ import pytest
 import torch
 from PIL import Image, ImageDraw
 
-from openemu3.data.documents import write_documents
 from openemu3.data.samples import read_samples, write_samples
+from openemu3.data.shards import write_documents
 from openemu3.media import read_image
 from openemu3.model.transformer import TransformerConfig
 from openemu3.records import Sample
