@@ -1,90 +1,51 @@
-"""Films whose every frame is known, written by PyAV, and the real clips where they have been fetched."""
+"""Pictures of known content, small, made here; and a guard that inspects them."""
 
-import io
-from fractions import Fraction
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
-import av
 import numpy as np
 import pytest
+from PIL import Image, ImageDraw
 
-REAL_VIDEOS = Path(__file__).parents[2] / ".cache" / "videos"
+pytest.importorskip("daft", reason="curation is an extra")
 
-
-def draw_frames(lengths, size=(48, 72), seed=0):
-    """uint8 [sum(lengths), H, W, 3]: a random picture per scene, which moves by two pixels a frame, so that no two agree."""
-    random, (height, width), frames = np.random.default_rng(seed), size, []
-    for length in lengths:
-        coarse = random.integers(0, 256, (height // 8 + 1, width // 8 + 1, 3))
-        picture = coarse.repeat(8, 0).repeat(8, 1)[:height, :width].astype(np.uint8)
-        frames += [np.roll(picture, 2 * number, axis=1) for number in range(length)]
-    return np.stack(frames)
+from openemu3.curation.guard import Guard
 
 
-def encode_film(
-    frames, fps=24, format="mp4", codec="libx264", options=None, times=None, rotation=0, keys=None, pix_fmt="yuv420p", sound=False
-):
-    """The bytes of a film. `times`: milliseconds at which frames appear; `keys`: which frames are key frames (None: x264 chooses)."""
-    buffer, clock = io.BytesIO(), Fraction(1, 1000) if times is not None else 1 / Fraction(fps)
-    with av.open(buffer, "w", format=format) as container:
-        stream = container.add_stream(codec, rate=Fraction(fps))
-        stream.height, stream.width, stream.pix_fmt = *frames.shape[1:3], pix_fmt
-        stream.codec_context.time_base = clock
-        stream.options = {"threads": "1"} | ({"scenecut": "0", "g": "1000"} if keys is not None else {}) | (options or {})
-        voice = container.add_stream("aac", rate=8000) if sound else None
-        if rotation:
-            stream.set_display_rotation(rotation)
-        for index, array in enumerate(frames):
-            frame = av.VideoFrame.from_ndarray(array, format="rgb24")
-            frame.pts, frame.time_base = index if times is None else times[index], clock
-            if keys is not None and index in keys:
-                frame.pict_type = av.video.frame.PictureType.I
-            container.mux(stream.encode(frame))
-        container.mux(stream.encode())
-        if voice is not None:
-            container.mux(voice.encode(make_sound(len(frames) / fps)))
-            container.mux(voice.encode())
-    return buffer.getvalue()
+def draw_scene(seed: int, width: int = 96, height: int = 80) -> Image.Image:
+    """A colourful picture that is like no other seed's: blots of colour on a slope of colour."""
+    random = np.random.default_rng(seed)
+    rows, columns = np.mgrid[0:height, 0:width]
+    picture = np.zeros((height, width, 3))
+    for _ in range(6):
+        y, x, size = random.uniform(0, height), random.uniform(0, width), random.uniform(0.1, 0.3) * width
+        blot = np.exp(-((rows - y) ** 2 + (columns - x) ** 2) / size**2)
+        picture += blot[..., None] * random.uniform(-200, 200, 3)
+    picture = 128 + picture / 1.5
+    return Image.fromarray(np.clip(picture, 0, 255).astype(np.uint8))
 
 
-def make_sound(seconds):
-    frame = av.AudioFrame.from_ndarray(np.zeros((1, int(8000 * seconds)), np.float32), format="fltp", layout="mono")
-    frame.sample_rate, frame.pts, frame.time_base = 8000, 0, Fraction(1, 8000)
-    return frame
-
-
-def encode_sound(seconds=1.0):
-    """A file with an audio track alone."""
-    buffer = io.BytesIO()
-    with av.open(buffer, "w", format="mp4") as container:
-        stream = container.add_stream("aac", rate=8000)
-        container.mux(stream.encode(make_sound(seconds)))
-        container.mux(stream.encode())
-    return buffer.getvalue()
-
-
-@pytest.fixture(name="draw_frames", scope="session")
-def draw_frames_fixture():
-    return draw_frames
-
-
-@pytest.fixture(name="encode_film", scope="session")
-def encode_film_fixture():
-    return encode_film
-
-
-@pytest.fixture(name="encode_sound", scope="session")
-def encode_sound_fixture():
-    return encode_sound
+def draw_text(width: int = 320, height: int = 240) -> Image.Image:
+    picture = Image.new("RGB", (width, height), "white")
+    pen = ImageDraw.Draw(picture)
+    for line in range(5):
+        pen.text((12, 10 + line * 46), f"WORDS AND WORDS {line}", fill="navy", font_size=30)
+    return picture
 
 
 @pytest.fixture(scope="session")
-def find_real_video():
-    """The path of a real clip by its name; the test is skipped where it has not been fetched."""
+def inspect() -> Iterator[Callable[..., dict[str, Any]]]:
+    """Looks at one file in the guarded process: the row of its measures, the working copy's bytes under "pixels"."""
+    guard = Guard("openemu3.curation.inspection:inspect_image", 60.0)
 
-    def find(name):
-        if not (REAL_VIDEOS / name).is_file():
-            pytest.skip(f"{name} is not in .cache/videos; recipes/fetch_videos.py fetches it")
-        return REAL_VIDEOS / name
+    def look(path: Path, **limits: int) -> dict[str, Any]:
+        item = {"id": path.name, "uri": path.as_uri()}
+        answer, payload = guard.call({"item": item, **({"max_bytes": 1 << 26, "working_side": 640, "thumbnail_side": 64} | limits)})
+        row: dict[str, Any] = answer["rows"][0]
+        return row | {"pixels": payload[: row["pixels_length"]]}
 
-    return find
+    yield look
+    guard.close()

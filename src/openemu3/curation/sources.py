@@ -25,9 +25,10 @@ import stat
 import tarfile
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
 from typing import IO, Any, Literal
-from urllib.parse import unquote_to_bytes, urlsplit
+from urllib.parse import quote_from_bytes, unquote_to_bytes, urlsplit
 
 import pyarrow as pa
 import pyarrow.fs
@@ -122,7 +123,7 @@ def list_items(sources: Iterable[str], config: SourceConfig) -> Iterator[Item]:
 def _list_source(source: str, name: str, config: SourceConfig) -> Iterator[Item]:
     if is_remote(source):
         if Path(urlsplit(source).path).suffix.lower() in _CONTAINERS | SUFFIXES[config.kind]:
-            yield from _list_files([_Entry(posixpath.basename(urlsplit(source).path), source)], name, config, posixpath.dirname(source))
+            yield from _list_files([_Entry(name, source)], "", config, posixpath.dirname(source))
         else:
             yield from _list_files(_walk_remote(source), name, config, source)
         return
@@ -133,7 +134,7 @@ def _list_source(source: str, name: str, config: SourceConfig) -> Iterator[Item]
     if path.is_dir():
         yield from _list_files(_walk(path), name, config, path.as_uri())
     elif path.suffix.lower() in _CONTAINERS | SUFFIXES[config.kind]:
-        yield from _list_files([_Entry(path.name, path.as_uri())], name, config, path.parent.as_uri())
+        yield from _list_files([_Entry(name, path.as_uri())], "", config, path.parent.as_uri())
     else:
         allowed = ", ".join(sorted(_CONTAINERS | SUFFIXES[config.kind]))
         raise InputError(f"source {source!r} is no file that is read here; allowed are folders and files that end in {allowed}")
@@ -260,11 +261,12 @@ def _decode_name(name: bytes) -> str:
     try:
         return name.decode("utf-8")
     except UnicodeDecodeError:
-        return f"{name.decode('utf-8', 'replace')}~{hashlib.blake2b(name, digest_size=6).hexdigest()}"
+        stem, suffix = posixpath.splitext(name.decode("utf-8", "replace"))
+        return f"{stem}~{hashlib.blake2b(name, digest_size=6).hexdigest()}{suffix}"
 
 
 def _make_uri(path: bytes) -> str:
-    return Path(os.fsdecode(path)).as_uri()
+    return "file://" + quote_from_bytes(path)
 
 
 def _list_files(entries: Iterable[_Entry], name: str, config: SourceConfig, base: str) -> Iterator[Item]:
@@ -278,13 +280,15 @@ def _list_files(entries: Iterable[_Entry], name: str, config: SourceConfig, base
             if suffix not in _CONTAINERS | SUFFIXES[config.kind]:
                 continue
             if entry.refused:
-                yield Item(f"{name}/{entry.relative}", entry.uri, refused=entry.refused)
+                yield Item(posixpath.join(name, entry.relative), entry.uri, refused=entry.refused)
             elif suffix in _CONTAINERS:
                 read = {".tar": _list_tar, ".parquet": _list_table, ".jsonl": _list_lines}[suffix]
-                yield from _refuse_damaged(read(entry, f"{name}/{entry.relative}", config, base), f"{name}/{entry.relative}", entry.uri)
+                yield from _refuse_damaged(
+                    read(entry, posixpath.join(name, entry.relative), config, base), posixpath.join(name, entry.relative), entry.uri
+                )
             else:
                 captions = _read_sidecars(by_suffix, config) if captions is None else captions
-                yield Item(f"{name}/{entry.relative}", entry.uri, captions=captions)
+                yield Item(posixpath.join(name, entry.relative), entry.uri, captions=captions)
 
 
 def _group_by_stem(entries: Iterable[_Entry]) -> Iterator[list[_Entry]]:
@@ -480,13 +484,22 @@ def _locate(place: object, identity: str, captions: dict[str, str], config: Sour
         if _escapes(place):
             return Item(identity, listed_in, captions=captions, refused="name leads out of the source")
         return Item(identity, posixpath.join(folder, place), captions=captions)
-    local = Path(os.fsdecode(unquote_to_bytes(urlsplit(folder).path)))
-    named = Path(os.fsdecode(unquote_to_bytes(urlsplit(place).path)) if place.startswith("file://") else place)
-    target = Path(os.path.realpath(local / named))
-    allowed = [local, Path(os.fsdecode(unquote_to_bytes(urlsplit(base).path))), *(Path(root) for root in config.roots)]
-    if not any(target.is_relative_to(os.path.realpath(root)) for root in allowed):
+    named = os.fsdecode(unquote_to_bytes(urlsplit(place).path)) if place.startswith("file://") else place
+    local = _to_path(folder)
+    target = os.path.realpath(os.path.join(local, named))
+    if not any(target.startswith(root) for root in _resolve_roots((local, _to_path(base), *config.roots))):
         return Item(identity, listed_in, captions=captions, refused="name leads out of the source")
-    return Item(identity, target.as_uri(), captions=captions)
+    return Item(identity, _make_uri(os.fsencode(target)), captions=captions)
+
+
+def _to_path(uri: str) -> str:
+    return os.fsdecode(unquote_to_bytes(urlsplit(uri).path))
+
+
+@lru_cache(maxsize=8)
+def _resolve_roots(folders: tuple[str, ...]) -> tuple[str, ...]:
+    """Real paths, each with a slash at its end."""
+    return tuple(os.path.join(os.path.realpath(folder), "") for folder in folders)
 
 
 def _escapes(name: str) -> bool:
