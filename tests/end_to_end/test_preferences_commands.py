@@ -138,7 +138,7 @@ def test_every_flag_is_explained(capsys, monkeypatch, name):
     with pytest.raises(SystemExit):
         cli.main(["preferences", name, "--help"])
     text = re.sub("[│╭╮╰╯─]", " ", capsys.readouterr().out)
-    flags = re.findall(r"--([\w-]+)(.*?)(?:\(default|\(required)", text, re.DOTALL)
+    flags = re.findall(r"(?<!-)--([a-z][\w-]*)(.*?)(?:\(default|\(required)", text, re.DOTALL)
     assert "database" in dict(flags)
     for flag, words in flags:
         assert len(re.findall("[a-z]{2,}", words)) >= 3, flag
