@@ -1,5 +1,6 @@
 """Films whose every frame is known, written by PyAV, and the real clips where they have been fetched."""
 
+import importlib.util
 import io
 from fractions import Fraction
 from pathlib import Path
@@ -88,3 +89,26 @@ def find_real_video():
         return REAL_VIDEOS / name
 
     return find
+
+
+@pytest.fixture(scope="session")
+def chat():
+    """The module server.py: `ChatServer`, `completion`, `GOOD`."""
+    specification = importlib.util.spec_from_file_location("chat_server", Path(__file__).with_name("server.py"))
+    module = importlib.util.module_from_spec(specification)
+    specification.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture
+def serve(chat):
+    """Starts servers that are closed after the test."""
+    servers = []
+
+    def start(reply=None):
+        servers.append(chat.ChatServer(reply))
+        return servers[-1]
+
+    yield start
+    for server in servers:
+        server.close()
