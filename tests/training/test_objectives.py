@@ -115,3 +115,22 @@ def test_measuring_makes_no_gradients():
         loss, _ = compute_cross_entropy(hidden, head, targets, weights, chunk=64)
     assert seen.num_products == 64
     assert loss.item() == pytest.approx(compute_cross_entropy(hidden, head, targets, weights, chunk=64)[0].item(), rel=1e-6)
+
+
+def test_a_frozen_head_gets_no_gradient_and_no_memory_for_one():
+    hidden, head, targets, weights = make_case()
+    compute_cross_entropy(hidden, head, targets, weights, chunk=7)[0].backward()
+    expected, frozen = hidden.grad.clone(), head.detach()
+    hidden.grad = None
+    made = []
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            result = function(*args, **(kwargs or {}))
+            if isinstance(result, torch.Tensor) and result.shape == frozen.shape:
+                made.append(function)
+            return result
+
+    with Watch():
+        compute_cross_entropy(hidden, frozen, targets, weights, chunk=7)[0].backward()
+    assert hidden.grad.equal(expected) and not made

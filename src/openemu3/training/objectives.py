@@ -33,7 +33,8 @@ class LinearCrossEntropy(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         head_cast = head.to(hidden.dtype)
         grad_hidden = torch.empty_like(hidden)
-        grad_head = torch.zeros_like(head, dtype=torch.float32)
+        learns_head = make_gradients and ctx.needs_input_grad[1]  # a frozen head, as under LoRA, needs no memory for its gradient
+        grad_head = torch.zeros_like(head, dtype=torch.float32) if learns_head else None
         losses = torch.empty(len(targets), dtype=torch.float32, device=hidden.device)
         for start in range(0, len(targets), chunk):
             part = slice(start, start + chunk)
@@ -48,16 +49,17 @@ class LinearCrossEntropy(torch.autograd.Function):
             grad.scatter_add_(1, target, grad.new_full(target.shape, -1.0))
             grad = grad.mul_(weights[part].unsqueeze(1)).to(hidden.dtype)
             grad_hidden[part] = grad @ head_cast
-            grad_head += (grad.t() @ hidden[part]).float()
-        ctx.save_for_backward(grad_hidden, grad_head.to(head.dtype))
+            if grad_head is not None:
+                grad_head += (grad.t() @ hidden[part]).float()
+        ctx.save_for_backward(grad_hidden, None if grad_head is None else grad_head.to(head.dtype))
         ctx.mark_non_differentiable(losses)
         return (losses * weights).sum(), losses
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_sum: Tensor, _: Tensor) -> tuple[Tensor, Tensor, None, None, None, None]:
+    def backward(ctx: Any, grad_sum: Tensor, _: Tensor) -> tuple[Tensor, Tensor | None, None, None, None, None]:
         grad_hidden, grad_head = ctx.saved_tensors
-        return grad_hidden * grad_sum, grad_head * grad_sum, None, None, None, None
+        return grad_hidden * grad_sum, None if grad_head is None else grad_head * grad_sum, None, None, None, None
 
 
 def compute_vocabulary_parallel_cross_entropy(
