@@ -5,19 +5,24 @@ The steps are those of the Emu3 paper, section 2.1. Scoring is the long part and
 
 from __future__ import annotations
 
+import contextlib
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from tyro.conf import Positional, subcommand
 
-from openemu3.cli.options import Device, Json, MoveBar, choose_device, print_answer, show_progress
+from openemu3.cli.options import Device, Files, Json, MoveBar, check_files, choose_device, print_answer, show_progress
 from openemu3.records import InputError
 
 if TYPE_CHECKING:
+    from openemu3.curation.captions import Captioner
+    from openemu3.curation.endpoint import DescribingModel, Endpoint
     from openemu3.curation.filters import Thresholds
     from openemu3.curation.pipeline import Run
+    from openemu3.records import Sample
 
 Sources = tuple[str, ...]
 
@@ -198,6 +203,164 @@ class CurateReport:
         _finish(run, self.samples, self.validation_share, self.source_name, self.json, began)
 
 
+@dataclass(frozen=True)
+class CurateCaptions:
+    """Write captions into samples: asked of an OpenAI-compatible endpoint (vLLM, for example), or of a model of this project.
+
+    The same command again goes on where the last one stopped: answers are kept beside the output.
+    """
+
+    samples: Positional[Files]
+    """Parquet files of samples, as `emu3 curate images` or `videos` writes them."""
+    output: Path
+    """Folder for the samples with captions, one file for each, and for the answers."""
+    base_url: str | None = None
+    """Address of the endpoint, such as http://localhost:8000/v1. Its key is read from the variable OPENAI_API_KEY."""
+    endpoint_model: str | None = None
+    """The model's name at the endpoint."""
+    model: str | None = None
+    """Instead of an endpoint: a model folder, or "mini"."""
+    language: str = "en"
+    """Of the captions: en, zh, ja, ko, de, fr, es. A caption in this language that a sample already has is replaced."""
+    only_missing: bool = False
+    """Leave samples alone that have a caption in this language."""
+    purpose: Literal["caption", "label"] = "caption"
+    """caption: clips by 12 frames, longer ones than 20 s in parts; label: by 8 frames, for training a captioner."""
+    templates: Path | None = None
+    """Folder with prompts of one's own: image.txt, video.txt, video_label.txt, video_merge.txt."""
+    concurrency: int = 8
+    """Questions outstanding at a time."""
+    requests_per_minute: float | None = None
+    """At most so many."""
+    price_in: float = 0.0
+    """Price of a million tokens of question."""
+    price_out: float = 0.0
+    """Price of a million tokens of answer."""
+    max_cost: float | None = None
+    """Stop when so much was spent."""
+    ask_again: bool = False
+    """Ask again where the kept answer was a refusal or nonsense."""
+    drop_uncaptioned: bool = False
+    """Leave samples out that got no caption; otherwise they stay as they were."""
+    device: Device = "auto"
+    """Where a model of this project computes."""
+    json: Json = False
+
+    def run(self) -> None:
+        from openemu3.curation.captions import AnswerCache, CaptionConfig, Captioner
+
+        began = time.monotonic()
+        check_files("samples", self.samples)
+        if (self.base_url is None) == (self.model is None) or (self.base_url is None) != (self.endpoint_model is None):
+            raise InputError(
+                "captions come from an endpoint (--base-url and --endpoint-model) or from a model (--model); name one of the two"
+            )
+        config = CaptionConfig(
+            language=self.language,
+            purpose=self.purpose,
+            templates=self.templates,
+            concurrency=self.concurrency,
+            ask_again=self.ask_again,
+        )
+        counts: dict[str, int] = {"captioned": 0, "left": 0}
+        spent = {"prompt_tokens": 0, "completion_tokens": 0, "cost": 0.0}
+        files = []
+        with contextlib.ExitStack() as open_things, show_progress("asking") as move:
+            ask = self._open_model() if self.base_url is None else open_things.enter_context(self._open_endpoint(self.base_url))
+            captioner = Captioner(ask, open_things.enter_context(AnswerCache(self.output / "answers.sqlite")), config)
+            for path in self.samples:
+                target = self.output / path.name
+                if target in files or target.resolve() == path.resolve():
+                    raise InputError(f"{target} would be written over; name samples of different names and another folder")
+                files.append(target)
+                write_captioned(path, target, captioner, self.only_missing, self.drop_uncaptioned, counts, spent, move)
+        reasons = "".join(f"\n  {count:>8}  {reason}" for reason, count in sorted(counts.items()) if reason not in ("captioned", "left"))
+        cost = (
+            f"; {spent['prompt_tokens']} + {spent['completion_tokens']} tokens, cost {spent['cost']:.4f}" if spent["prompt_tokens"] else ""
+        )
+        text = f"{counts['captioned']} captioned, {counts['left']} left as they were{cost}{reasons}\n" + "\n".join(map(str, files))
+        seconds = round(time.monotonic() - began, 3)
+        print_answer(self.json, text, {"files": [str(path) for path in files], "counts": counts, **spent, "seconds": seconds})
+
+    def _open_endpoint(self, base_url: str) -> Endpoint:
+        from openemu3.curation.endpoint import Endpoint, EndpointConfig
+
+        return Endpoint(
+            EndpointConfig(
+                base_url,
+                self.endpoint_model or "",
+                requests_per_minute=self.requests_per_minute,
+                price_in=self.price_in,
+                price_out=self.price_out,
+                max_cost=self.max_cost,
+            )
+        )
+
+    def _open_model(self) -> DescribingModel:
+        from openemu3.curation.endpoint import DescribingModel
+        from openemu3.generation.tasks import Emu3, Film
+        from openemu3.media import from_pil
+
+        name = self.model or ""
+        emu3 = Emu3.load(name, device=choose_device(self.device))
+
+        def describe(frames: list[Any], fps: float) -> str:
+            return emu3.describe(frames[0] if len(frames) == 1 else Film(from_pil(frames), fps), max_new_tokens=256)
+
+        return DescribingModel(describe, name)
+
+
+def write_captioned(
+    source: Path,
+    target: Path,
+    captioner: Captioner,
+    only_missing: bool,
+    drop_uncaptioned: bool,
+    counts: dict[str, int],
+    spent: dict[str, Any],
+    move: MoveBar,
+) -> None:
+    """One file of samples -> one with captions. `counts` and `spent` grow; reasons are counted by their first words."""
+    from collections import deque
+    from dataclasses import replace
+
+    from openemu3.curation.captions import CaptionItem
+    from openemu3.data.samples import read_samples, write_samples
+
+    language = captioner.config.language
+    waiting: deque[Sample] = deque()
+
+    def list_questions() -> Iterator[CaptionItem]:
+        for sample in read_samples(source):
+            waiting.append(sample)
+            if not (only_missing and sample.captions.get(language)):
+                yield CaptionItem(sample.id, sample.kind, sample.media)
+
+    def list_answered() -> Iterator[Sample]:
+        for caption in captioner.caption(list_questions()):
+            yield from list_left(caption.id)
+            sample = waiting.popleft()
+            for name in spent:
+                spent[name] += getattr(caption, name)
+            move(counts["captioned"] + counts["left"], 0, "asking")
+            if caption.text is not None:
+                counts["captioned"] += 1
+                yield replace(sample, captions={**sample.captions, language: caption.text})
+                continue
+            reason = caption.reason.split(":")[0]
+            counts[reason] = counts.get(reason, 0) + 1
+            if not drop_uncaptioned:
+                yield sample
+        yield from list_left(None)
+
+    def list_left(until: str | None) -> Iterator[Sample]:
+        while waiting and waiting[0].id != until:
+            counts["left"] += 1
+            yield waiting.popleft()
+
+    write_samples(target, list_answered())
+
+
 def _curate(options: CurateSource, kind: Literal["image", "video"], thresholds: Thresholds, embed: bool) -> None:
     from openemu3.curation.pipeline import Run, RunConfig, ScoreConfig, decide_all, score_items, write_manifest
     from openemu3.curation.sources import SourceConfig
@@ -285,6 +448,7 @@ class Curate:
     what: (
         Annotated[CurateImages, subcommand("images")]
         | Annotated[CurateVideos, subcommand("videos")]
+        | Annotated[CurateCaptions, subcommand("captions")]
         | Annotated[CurateReport, subcommand("report")]
     )
 
