@@ -1,7 +1,9 @@
 """The HTTP interface on a real server: who may do what, what is refused, and many voters at once."""
 
+import re
 import socket
 import threading
+from pathlib import Path
 
 import pytest
 from made_up_votes import Client, key_of, make_candidate, make_prompt
@@ -181,3 +183,14 @@ def test_many_voters_at_once_lose_nothing(store, port):
 
 def hash_of(text):
     return sum(index * byte for index, byte in enumerate(text.encode(), 1))
+
+
+def test_the_voter_of_the_documentation(store, port):
+    page = (Path(__file__).parents[2] / "docs" / "preferences.md").read_text(encoding="utf-8")
+    (source,) = re.findall("^```python\n(.*?)^```", page, re.DOTALL | re.MULTILINE)
+    names = {}
+    exec(compile(source, "docs/preferences.md", "exec"), names)
+    names["vote"](f"http://127.0.0.1:{port}", store.invite("Ann"), lambda words, data: (len(words) % 5 + 1, data[-1] % 5 + 1))
+    votes = {record.candidate: record.vote for record in store.read_votes()}
+    assert len(votes) == 7
+    assert votes[key_of(1)] == Vote(len("a red apple") % 5 + 1, make_candidate(1).media[-1] % 5 + 1)
