@@ -1,15 +1,16 @@
 """Two ranks of a real transformer, sharded and trained for one step. Not a test: test_planning.py starts it as a process.
 
-    python planning_ranks.py OUTPUT '[[2, 1, 1, "none"], [1, 1, 2, "full"]]'
+    python planning_ranks.py OUTPUT '[[2, 1, 1, 2, "none"], [1, 1, 2, 2, "full"]]'
 
-Takes cases [dp, cp, tp, checkpointing], all on the same two forked ranks (torch is imported once), and leaves OUTPUT/RANK.json: for each
-case the bytes of weights, gradients and optimizer states, and those received from the other rank, by the kind of collective.
+Takes cases [dp, cp, tp, key/value heads, checkpointing], all on the same two forked ranks (torch is imported once), and leaves
+OUTPUT/RANK.json: for each case the bytes of weights, gradients and optimizer states, and those received, by the kind of collective.
 """
 
 import json
 import os
 import socket
 import sys
+from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
 
@@ -59,18 +60,19 @@ def count_bytes(tensors):
     return sum(to_local(tensor).numel() * to_local(tensor).element_size() for tensor in tensors)
 
 
-def measure(sizes, checkpointing):
+def measure(sizes, num_kv_heads, checkpointing):
+    toy = replace(TOY, num_kv_heads=num_kv_heads)
     mesh = init_device_mesh("cpu", tuple(sizes), mesh_dim_names=("dp", "cp", "tp"))
     config = ParallelConfig(*sizes, activation_checkpointing=checkpointing)
-    transformer = Transformer(TOY)
+    transformer = Transformer(toy)
     parallelize(transformer, mesh, config, torch.bfloat16)
     fill_weights(transformer, torch.Generator().manual_seed(0))
     optimizer = build_optimizer(OptimizerConfig(), transformer)
-    split = ContextSplit(TOY, mesh)
+    split = ContextSplit(toy, mesh)
     token_ids = torch.arange(CONTEXT)[None]
     received = ReceivedBytes()
     with received:
-        attention = split.build_attention(torch.zeros_like(token_ids))
+        attention = split.build_attention(token_ids // 16)  # documents end where pieces do: torch's CausalBias and modes do not mix
         hidden = transformer(split.split(token_ids), attention, attention.positions).flatten(0, 1)
         targets = split.split(token_ids).flatten()
         loss, _ = compute_cross_entropy(hidden, transformer.lm_head.weight, targets, torch.ones(len(targets)), 16)
@@ -88,7 +90,7 @@ def measure(sizes, checkpointing):
 def run(rank, port, cases, output):
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     dist.init_process_group("gloo", timeout=timedelta(seconds=120))
-    results = [measure(sizes, checkpointing) for *sizes, checkpointing in cases]
+    results = [measure(case[:3], *case[3:]) for case in cases]
     dist.destroy_process_group()
     (output / f"{rank}.json").write_text(json.dumps(results))
 

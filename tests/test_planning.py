@@ -85,9 +85,9 @@ def test_loras_parameters():
 
 @pytest.fixture(scope="module")
 def two_ranks(tmp_path_factory):
-    """Cases (dp, cp, tp, checkpointing), and for both ranks what each of them measured."""
+    """Cases (dp, cp, tp, key/value heads, checkpointing), and for both ranks what each of them measured."""
     folder = tmp_path_factory.mktemp("ranks")
-    cases = [(2, 1, 1, "none"), (1, 2, 1, "full"), (1, 1, 2, "none"), (1, 1, 2, "selective"), (1, 1, 2, "full")]
+    cases = [(2, 1, 1, 2, "none"), (1, 2, 1, 2, "full"), (1, 2, 1, 1, "none"), *((1, 1, 2, 2, mode) for mode in MODES)]
     script = Path(__file__).with_name("planning_ranks.py")
     done = subprocess.run([sys.executable, script, folder, json.dumps(cases)], capture_output=True, text=True, timeout=400)
     assert done.returncode == 0, done.stderr[-2000:]
@@ -97,16 +97,19 @@ def two_ranks(tmp_path_factory):
 def test_states_and_traffic_of_real_ranks(two_ranks):
     """A toy whose odd vocabulary two ranks cannot halve, in fp32 with bf16 products, one step of 64 tokens."""
     cases, ranks = two_ranks
-    for number, (dp, cp, tp, mode) in enumerate(cases):
-        config = PlanConfig(TOY, 2, parallel=ParallelConfig(dp, cp, tp, activation_checkpointing=mode), context=64)
+    for number, (dp, cp, tp, num_kv_heads, mode) in enumerate(cases):
+        parallel = ParallelConfig(dp, cp, tp, activation_checkpointing=mode)
+        config = PlanConfig(replace(TOY, num_kv_heads=num_kv_heads), 2, parallel=parallel, context=64)
         memory, received = count_memory(config), count_communication(config)
         for kind in ("weights", "gradients", "optimizer"):
-            assert getattr(memory, kind) == max(rank[number][kind] for rank in ranks), (config.parallel, kind)
+            assert getattr(memory, kind) == max(rank[number][kind] for rank in ranks), (parallel, kind)
+        keys_and_values = received.pop("keys and values, by context parallelism", 0)  # gathered forward, reduced backward
+        assert (keys_and_values > 0) == (cp > num_kv_heads)
         for rank in ranks:
             measured = rank[number]["received"]
             if tp == 1:
-                assert received.get("weights, gathered by FSDP") == measured["gather"]
-                assert received.get("gradients, reduced by FSDP") == measured["reduce_scatter"]
+                assert received.get("weights, gathered by FSDP") == measured["gather"] - keys_and_values / 2
+                assert received.get("gradients, reduced by FSDP") == measured["reduce_scatter"] - keys_and_values / 2
                 assert received.get("heads for tokens, by context parallelism", 0) == measured["all_to_all"]
             else:
                 assert received == {"activations, by tensor parallelism": sum(measured.values())}
@@ -271,7 +274,7 @@ def test_activations_of_lora(precision, targets):
 
 
 def test_memory_of_an_update_in_bf16():
-    """The update computes one parameter at a time in fp32, the embeddings at most."""
+    """The update computes a slice of one parameter at a time in fp32, here all of the embeddings."""
     config = PlanConfig(WIDE, 1, precision="bf16", context=64)
     transformer = build_transformer(WIDE, torch.Generator().manual_seed(0), torch.bfloat16)
     optimizer = build_optimizer(OptimizerConfig(), transformer)

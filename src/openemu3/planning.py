@@ -20,6 +20,7 @@ from openemu3.distributed import ParallelConfig
 from openemu3.model.transformer import TransformerConfig
 from openemu3.records import InputError
 from openemu3.training.lora import ATTENTION, FEED_FORWARD, LoraConfig
+from openemu3.training.optimizer import SLICE
 
 GIB = 2**30
 
@@ -520,12 +521,12 @@ def count_group(config: PlanConfig, name: str) -> int:
 
 
 def count_update_bytes(config: PlanConfig) -> int:
-    """Of the optimizer, while it updates. For bf16 states it computes one parameter at a time in fp32: six numbers, noise, and the sum."""
+    """Of the optimizer, while it updates. bf16 states it updates slice by slice in fp32: six numbers for each, noise, and their sum."""
     if config.state_bytes == 4:
         return 0  # one kernel, in place
     weights = [weight for weight in list_weights(config.transformer, config.lora) if weight.trained]
     largest = max(weight.count_local(config.parallel.tp, config.num_shards) // weight.count for weight in weights)
-    return 30 * largest
+    return 30 * min(largest, SLICE)
 
 
 def count_loss_bytes(config: PlanConfig) -> int:

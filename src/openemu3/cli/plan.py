@@ -168,7 +168,8 @@ def draw_tables(plan: TrainingPlan) -> Iterator[Any]:
     yield fullest
 
     if plan.communication:
-        sent = Table(title="What a GPU receives in a step, in GB", title_justify="left", show_header=False)
+        rate = sum(plan.communication.values()) / plan.seconds_per_step / 1e9
+        sent = Table(title=f"What a GPU receives in a step, in GB ({rate:,.0f} GB/s, if hidden)", title_justify="left", show_header=False)
         sent.add_column()
         sent.add_column(justify="right")
         for kind, size in plan.communication.items():
