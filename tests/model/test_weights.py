@@ -6,6 +6,7 @@ import resource
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,17 @@ from transformers import Emu3ForCausalLM, Emu3ForConditionalGeneration
 from openemu3.model.attention import CausalAttention
 from openemu3.model.layouts import ModelConfig, to_transformers
 from openemu3.model.transformer import Transformer, TransformerConfig, build_transformer
-from openemu3.model.weights import load_into, load_state, load_transformer, read_config, save_config, save_state, save_transformer
+from openemu3.model.weights import (
+    convert_to_transformers,
+    load_into,
+    load_state,
+    load_transformer,
+    open_state,
+    read_config,
+    save_config,
+    save_state,
+    save_transformer,
+)
 from openemu3.records import InputError
 from openemu3.tokenization.vision import VisionTokenizer, VisionTokenizerConfig
 
@@ -340,3 +351,84 @@ def test_a_place_that_cannot_be_written(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(InputError, match="cannot be written"):
         save_config(tmp_path / "file" / "folder", ModelConfig(TINY))
+
+
+# ---- writing transformers' layout
+
+
+@pytest.fixture(scope="module")
+def whole_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model of both parts in our own layout, with no parameter at its default."""
+    folder = tmp_path_factory.mktemp("whole")
+    vision = VisionTokenizerConfig(
+        64, channels=32, channel_multipliers=(1, 2), num_res_blocks=1, attention_levels=(1,), num_temporal_res_blocks=1
+    )
+    text = TransformerConfig(
+        vocab_size=300 + 211 + 64, hidden_size=32, intermediate_size=48, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=16,
+        rope_theta=5000.0, norm_eps=1e-4, init_std=0.3, max_positions=77,
+    )  # fmt: skip
+    save_config(folder, ModelConfig(text, asdict(vision), 300, 64, 64 * 64))
+    transformer, tokenizer = build_transformer(text, torch.Generator().manual_seed(1)), VisionTokenizer(vision)
+    generator = torch.Generator().manual_seed(2)
+    with torch.no_grad():
+        for tensor in (*transformer.parameters(), *tokenizer.parameters()):
+            tensor.add_(0.1 * torch.randn(tensor.shape, generator=generator))
+        for name, buffer in tokenizer.named_buffers():
+            if name.endswith("running_var"):
+                buffer.uniform_(0.5, 1.5, generator=generator)
+    save_transformer(folder, transformer, torch.float32)
+    save_state(folder, tokenizer.state_dict(), "vision_tokenizer")
+    return folder
+
+
+@torch.no_grad()
+def test_transformers_runs_what_was_written_for_it(whole_folder: Path, tmp_path: Path) -> None:
+    convert_to_transformers(whole_folder, tmp_path)
+    theirs, info = Emu3ForConditionalGeneration.from_pretrained(tmp_path, output_loading_info=True, dtype=torch.float32)
+    assert not info["missing_keys"] and not info["unexpected_keys"] and not info["mismatched_keys"]
+    theirs.eval()
+    ours = load_transformer(whole_folder, dtype=torch.float32)
+    ids = torch.randint(0, 575, (2, 40), generator=torch.Generator().manual_seed(0))
+    ids[ids == 303] = 1  # their placeholder for a picture
+    logits = ours.compute_logits(ours(ids, CausalAttention()))
+    torch.testing.assert_close(theirs(input_ids=ids).logits, logits, rtol=1e-4, atol=1e-4)
+    tokenizer = VisionTokenizer(VisionTokenizerConfig(**read_config(whole_folder).vision_tokenizer))  # type: ignore[arg-type]
+    load_into(tokenizer, whole_folder, "vision_tokenizer")
+    pixels = torch.rand(1, 3, 16, 24, generator=torch.Generator().manual_seed(1)) * 2 - 1
+    codes = theirs.model.vqmodel.encode(pixels, torch.tensor([[16, 24]])).image_tokens
+    assert torch.cat([c.flatten() for c in codes]).equal(tokenizer.encode_image(pixels).flatten())
+    # And back: it reads as the same model.
+    assert read_config(tmp_path).transformer == read_config(whole_folder).transformer
+    assert same_state(load_transformer(tmp_path, dtype=torch.float32), ours)
+
+
+@torch.no_grad()
+def test_the_language_model_alone_for_transformers(whole_folder: Path, tmp_path: Path) -> None:
+    convert_to_transformers(whole_folder, tmp_path, text_only=True)
+    theirs, info = Emu3ForCausalLM.from_pretrained(tmp_path, output_loading_info=True, dtype=torch.float32)
+    assert not info["missing_keys"] and not info["unexpected_keys"]
+    ids = torch.arange(30)[None]
+    ours = load_transformer(whole_folder, dtype=torch.float32)
+    torch.testing.assert_close(theirs.eval()(input_ids=ids).logits, ours.compute_logits(ours(ids, CausalAttention())), rtol=1e-4, atol=1e-4)
+
+
+def test_what_transformers_has_no_model_for(whole_folder: Path, tiny_folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="does not say the sizes of a transformer and of its vocabulary"):
+        convert_to_transformers(tiny_folder, tmp_path / "out")
+    config = read_config(whole_folder)
+    for name, value in (("num_norm_groups", 8), ("num_temporal_res_blocks", 2)):
+        save_config(tmp_path / name, replace(config, vision_tokenizer={**(config.vision_tokenizer or {}), name: value}))
+        with pytest.raises(InputError, match=f"{name} {value}; transformers knows .* the language model can be written"):
+            convert_to_transformers(tmp_path / name, tmp_path / "out")
+    save_config(tmp_path / "alone", replace(config, vision_tokenizer=None))
+    with pytest.raises(InputError, match="holds no vision tokenizer"):
+        convert_to_transformers(tmp_path / "alone", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_weights_can_be_read_one_by_one(whole_folder: Path) -> None:
+    state = open_state(whole_folder, "transformer")
+    assert {name: tensor.sum().item() for name, tensor in state.items()} == {
+        name: tensor.sum().item() for name, tensor in load_state(whole_folder, "transformer")
+    }
+    assert len(state) == 2 * 9 + 3 and "lm_head.weight" in state and "encoder.conv_in.weight" not in state

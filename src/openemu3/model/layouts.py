@@ -162,6 +162,71 @@ def format_config(config: ModelConfig) -> dict[str, Any]:
     return raw
 
 
+def format_transformers_config(config: ModelConfig, text_only: bool = False) -> dict[str, Any]:
+    """The contents of transformers' config.json (version 5; 4.52 reads it, too): `Emu3ForConditionalGeneration` or `Emu3ForCausalLM`.
+
+    InputError where transformers has no such model: its vision tokenizer has norms of 32 groups, and one number for all residual blocks.
+    """
+    transformer, num_text, num_codes = config.transformer, config.num_text, config.num_codes
+    if transformer is None or num_text is None or num_codes is None:
+        raise InputError("it does not say the sizes of a transformer and of its vocabulary; a whole model of our own layout is needed")
+    text: dict[str, Any] = {
+        "model_type": "emu3_text_model",
+        "architectures": ["Emu3ForCausalLM"],
+        "vocab_size": transformer.vocab_size,
+        "hidden_size": transformer.hidden_size,
+        "intermediate_size": transformer.intermediate_size,
+        "num_hidden_layers": transformer.num_layers,
+        "num_attention_heads": transformer.num_heads,
+        "num_key_value_heads": transformer.num_kv_heads,
+        "head_dim": transformer.head_dim,
+        "max_position_embeddings": transformer.max_positions,
+        "rms_norm_eps": transformer.norm_eps,
+        "rope_theta": transformer.rope_theta,
+        "rope_parameters": {"rope_type": "default", "rope_theta": transformer.rope_theta},
+        "attention_dropout": transformer.dropout,
+        "initializer_range": transformer.init_std,
+        "tie_word_embeddings": False,
+        "pad_token_id": num_text,
+        "bos_token_id": num_text + 206,
+        "eos_token_id": num_text + 207,
+    }
+    if text_only:
+        return text
+    vision = dict(config.vision_tokenizer or {})
+    if not vision:
+        raise InputError("it holds no vision tokenizer; the language model alone can be written")
+    for name, value, allowed in (
+        ("num_norm_groups", vision["num_norm_groups"], 32),
+        ("num_temporal_res_blocks", vision["num_temporal_res_blocks"], vision["num_res_blocks"]),
+    ):
+        if value != allowed:
+            raise InputError(
+                f"its vision tokenizer has {name} {value}; transformers knows {allowed} alone, but the language model can be written"
+            )
+    # Of the vocabulary, transformers asks for the visual tokens, the end of a line, and a placeholder for pictures: the id of <|extra_0|>.
+    vocabulary = {f"<|visual token {code:06d}|>": num_text + NUM_SPECIAL + code for code in range(num_codes)}
+    return {
+        "model_type": "emu3",
+        "architectures": ["Emu3ForConditionalGeneration"],
+        "tie_word_embeddings": False,
+        "text_config": text,
+        "vq_config": {
+            "model_type": "emu3_vqgan",
+            "codebook_size": vision["codebook_size"],
+            "embed_dim": vision["embed_dim"],
+            "latent_channels": vision["z_channels"],
+            "base_channels": vision["channels"],
+            "channel_multiplier": list(vision["channel_multipliers"]),
+            "num_res_blocks": vision["num_res_blocks"],
+            "attn_resolutions": list(vision["attention_levels"]),
+            "hidden_size": vision["channels"] * vision["channel_multipliers"][-1],
+            "temporal_downsample_factor": vision["temporal_downsample_factor"],
+        },
+        "vocabulary_map": {"<image>": num_text + 3, "<|extra_200|>": num_text + 203, **vocabulary},
+    }
+
+
 def _parse_ours(raw: Mapping[str, Any]) -> ModelConfig:
     transformer = vision = num_text = num_codes = image_area = None
     if "transformer" in raw:

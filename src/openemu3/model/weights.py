@@ -22,7 +22,16 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from openemu3.model.layouts import ModelConfig, Part, format_config, parse_config, to_published_name, to_published_shape
+from openemu3.model.layouts import (
+    ModelConfig,
+    Part,
+    format_config,
+    format_transformers_config,
+    parse_config,
+    to_published_name,
+    to_published_shape,
+    to_transformers,
+)
 from openemu3.model.transformer import Transformer
 from openemu3.records import InputError
 
@@ -272,6 +281,22 @@ def save_config(folder: Path | str, config: ModelConfig) -> None:
 def save_transformer(folder: Path | str, transformer: Transformer, dtype: torch.dtype | None = torch.bfloat16) -> None:
     """Write the language model's tensors; its config goes into `save_config`."""
     save_state(folder, transformer.state_dict(), "model", dtype)
+
+
+def convert_to_transformers(source: Path | str, folder: Path | str, text_only: bool = False) -> None:
+    """Write a model folder once more in transformers' layout: both parts as one `Emu3ForConditionalGeneration`, or the language model
+    alone as an `Emu3ForCausalLM`. Numbers stay as they are; config.json comes last. Text tokenizers have no place in it."""
+    try:
+        raw = format_transformers_config(read_config(source), text_only)
+    except InputError as error:
+        raise InputError(f"{source} cannot be written in transformers' layout: {error}") from error
+    state = dict(open_state(source, "transformer"))
+    if not text_only:
+        state = to_transformers("transformer", state) | to_transformers("vision_tokenizer", dict(open_state(source, "vision_tokenizer")))
+    save_state(folder, state, "model")
+    with _write_aside(Path(folder)) as aside:
+        (aside / "config.json").write_text(json.dumps(raw, indent=2) + "\n", encoding="utf-8")
+        _move(aside, Path(folder), ["config.json"])
 
 
 def save_state(
