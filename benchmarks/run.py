@@ -14,7 +14,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-BENCHMARKS = ("vision_tokenizer", "generation")
+BENCHMARKS = ("vision_tokenizer", "generation", "tokenization", "loader")
 
 
 def main() -> None:
