@@ -2,11 +2,13 @@
 
 import dataclasses
 from pathlib import Path
+from typing import get_args, get_type_hints
 
 import pytest
 import torch
 
 from openemu3 import presets
+from openemu3.cli.train import TrainLanguage
 from openemu3.generation.tasks import TaskDefaults
 from openemu3.media import read_image
 from openemu3.model.layouts import ModelConfig
@@ -40,6 +42,44 @@ def test_the_mini_models_parts_fit_together_and_into_the_package():
     assert presets.MINI_DEFAULTS.clip_frames == presets.MINI_ENCODE.clip_frames == 16
     assert presets.MINI_DEFAULTS.min_pixels == presets.MINI_DEFAULTS.max_pixels == presets.MINI_IMAGE_AREA == 64 * 64
     assert presets.MINI_DEFAULTS.question is None  # documents of the recipe have the caption right after the picture
+
+
+@pytest.mark.parametrize(("stage", "context"), [(1, 5120), (2, 131_072)])
+def test_the_stages_of_the_published_model(stage, context):
+    """What the paper says of both stages, and a network of its size to the parameter."""
+    run = presets.build_8b_stage_run(stage, Path("tokenizers"), SAMPLES, FOLDER)
+    transformer = Transformer(run.transformer)
+    assert count_parameters(transformer) == 8_492_011_520 and all(parameter.is_meta for parameter in transformer.parameters())
+    assert run.batches.context_length == context <= run.transformer.max_positions == 131_072
+    optimizer = run.learner.optimizer
+    assert (optimizer.learning_rate, optimizer.schedule, optimizer.final_share) == (5e-5, "cosine", 0.0)
+    assert run.transformer.dropout == 0.1 and run.learner.role_weights.vision == 0.5 and run.learner.vision_noise == 0
+    assert (optimizer.betas, optimizer.weight_decay, optimizer.max_grad_norm, optimizer.warmup_steps) == ((0.9, 0.95), 0.1, 5.0, 700)
+    assert run.batches.rows_per_batch * context == pytest.approx(14.7e6, rel=0.01)  # tokens a batch, as Emu3.5's
+    for dp in (8, 16) if stage == 2 else (64, 480):  # of machines of eight, in stage 2 with tp and cp beside it
+        assert run.batches.rows_per_batch % dp == 0
+    assert presets.build_8b_stage_run(stage, Path("tokenizers"), SAMPLES, FOLDER, 10).trainer.num_steps == 10
+
+
+def test_the_mini_stages_are_the_same_story_in_small():
+    first, second = (presets.build_mini_stage_run(stage, Path("tokenizers"), SAMPLES, FOLDER) for stage in (1, 2))
+    assert first.transformer == second.transformer == presets.MINI_TRANSFORMER
+    assert (
+        first.learner.role_weights
+        == second.learner.role_weights
+        == presets.build_8b_stage_run(1, FOLDER, SAMPLES, FOLDER).learner.role_weights
+    )
+    still, film = 1 + 1 + 5 + 1 + 8 * 9 + 3, 1 + 1 + 5 + 1 + 4 * (8 * 9 + 1) + 2  # BOS, BOI, meta text, IMG, rows, ends; without words
+    assert 3 * (still + 10) <= first.batches.context_length < film  # three stills with a few words fit, no film does
+    assert 3 * (film + 20) <= second.batches.context_length == first.validation_context == second.validation_context
+    assert first.trainer.validate_first and second.trainer.validate_first
+
+
+def test_language_presets_are_those_of_the_command():
+    assert set(presets.LANGUAGE_PRESETS) == set(get_args(get_type_hints(TrainLanguage)["preset"]))
+    for preset in presets.LANGUAGE_PRESETS.values():
+        run = preset.build(Path("tokenizers"), SAMPLES, FOLDER, num_steps=3)
+        assert run.trainer.num_steps == run.learner.optimizer.num_steps == 3
 
 
 @pytest.mark.parametrize("num_steps", [1, 7, 20, 150, 1600])
