@@ -15,7 +15,7 @@ pytest.importorskip("daft", reason="curation is an extra")
 from openemu3.curation.guard import Guard
 
 
-def draw_scene(seed: int, width: int = 96, height: int = 80) -> Image.Image:
+def _draw_scene(seed: int, width: int = 96, height: int = 80) -> Image.Image:
     """A colourful picture that is like no other seed's: blots of colour on a slope of colour."""
     random = np.random.default_rng(seed)
     rows, columns = np.mgrid[0:height, 0:width]
@@ -28,7 +28,7 @@ def draw_scene(seed: int, width: int = 96, height: int = 80) -> Image.Image:
     return Image.fromarray(np.clip(picture, 0, 255).astype(np.uint8))
 
 
-def draw_text(width: int = 320, height: int = 240) -> Image.Image:
+def _draw_text(width: int = 320, height: int = 240) -> Image.Image:
     picture = Image.new("RGB", (width, height), "white")
     pen = ImageDraw.Draw(picture)
     for line in range(5):
@@ -49,3 +49,13 @@ def inspect() -> Iterator[Callable[..., dict[str, Any]]]:
 
     yield look
     guard.close()
+
+
+@pytest.fixture(scope="session")
+def draw_scene() -> Callable[..., Image.Image]:
+    return _draw_scene
+
+
+@pytest.fixture(scope="session")
+def draw_text() -> Callable[..., Image.Image]:
+    return _draw_text

@@ -49,10 +49,10 @@ class Guard:
     """
 
     def __init__(self, function: str, seconds: float) -> None:
+        self._child: subprocess.Popen[bytes] | None = None
         if not 0 < seconds < 1e6:
             raise InputError(f"time limit is {seconds}; allowed are more than 0 and fewer than 1000000 seconds")
         self.function, self.seconds = function, seconds
-        self._child: subprocess.Popen[bytes] | None = None
         self._lock = threading.Lock()
 
     def call(self, arguments: dict[str, Any], payload: bytes = b"", seconds: float | None = None) -> tuple[dict[str, Any], bytes]:
