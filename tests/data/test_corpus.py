@@ -11,38 +11,15 @@ from dataclasses import asdict
 
 import numpy as np
 import pytest
-import torch
 from PIL import Image as Pillow
 
 from openemu3.data.corpus import MANIFEST_FILE, Progress, write_corpus
 from openemu3.data.inputs import InputConfig, open_inputs
 from openemu3.data.samples import write_samples
 from openemu3.data.shards import DocumentStore
-from openemu3.model.layouts import ModelConfig
-from openemu3.model.weights import save_config, save_state
 from openemu3.records import InputError, Sample
 from openemu3.tokenization.encode import EncodeConfig
-from openemu3.tokenization.text import train_text_tokenizer
-from openemu3.tokenization.vision import VisionTokenizer, VisionTokenizerConfig
 from openemu3.training.export import compute_fingerprint, load_tokenizers
-
-WORDS = ["a red apple on a table", "the smiling cat", "ein Haus am See", "一个红苹果", "smiling face with heart eyes"]
-VISION = {"codebook_size": 64, "channels": 8, "channel_multipliers": (1, 1, 2, 2), "num_res_blocks": 1, "num_norm_groups": 4}
-
-
-@pytest.fixture(scope="module")
-def tokenizers(tmp_path_factory):
-    """A folder with both tokenizers, as exporting writes it."""
-    folder = tmp_path_factory.mktemp("tokenizers")
-    torch.manual_seed(0)
-    tokenizer = VisionTokenizer(VisionTokenizerConfig(**VISION))
-    with torch.no_grad():
-        latents = tokenizer.encode_latents(torch.rand(2, 3, 16, 32, 32) * 2 - 1).movedim(1, -1).flatten(0, -2)
-        tokenizer.quantize.embedding.weight.copy_(latents[::2])
-    save_state(folder, tokenizer.state_dict(), "vision_tokenizer")
-    (folder / "text.tiktoken").write_bytes(train_text_tokenizer(WORDS * 3, 300))
-    save_config(folder, ModelConfig(vision_tokenizer=VISION, num_text=300, num_codes=64))
-    return folder
 
 
 @pytest.fixture(scope="module")

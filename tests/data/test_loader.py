@@ -287,7 +287,8 @@ def test_documents_that_no_row_holds_are_reported(store):
     (reason,) = loader.report.refused
     assert reason == "of more than 30 tokens that hold vision, which is not cut"
     count, examples = loader.report.refused[reason]
-    assert count == left_out.sum() and examples == tuple(store.read_sample_id(index) for index in np.flatnonzero(left_out)[:5])
+    names = dict.fromkeys(store.read_sample_id(index) for index in np.flatnonzero(left_out).tolist())
+    assert count == left_out.sum() > 5 and examples == tuple(names)[:5]
     assert f"left out: {count} of more than 30 tokens" in loader.report.describe()
     assert set(np.concatenate(loader._draw_epoch(0)[0]).tolist()) == set(np.flatnonzero(~left_out).tolist())
     with pytest.raises(InputError, match="context_length is 8; every document of the mixture holds vision"):

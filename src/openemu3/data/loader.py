@@ -253,12 +253,14 @@ def build_report(packing: Packing, num_documents: int, store: DocumentStore, ref
         packing.num_long,
         packing.num_cut,
         packing.num_pieces,
-        {
-            reason: (len(indices), tuple(store.read_sample_id(index) for index in indices[:MAX_EXAMPLES].tolist()))
-            for reason, indices in refused.items()
-            if len(indices)
-        },
+        {reason: (len(indices), _name_some(store, indices)) for reason, indices in refused.items() if len(indices)},
     )
+
+
+def _name_some(store: DocumentStore, documents: NDArray[np.int64]) -> tuple[str, ...]:
+    """Up to MAX_EXAMPLES different samples that the documents are of."""
+    names = dict.fromkeys(store.read_sample_id(index) for index in documents[: 8 * MAX_EXAMPLES].tolist())
+    return tuple(names)[:MAX_EXAMPLES]
 
 
 def read_held_out(
