@@ -16,12 +16,12 @@ import argparse
 import json
 import platform
 import statistics
-import subprocess
-import sys
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
+
+from side_by_side import Worker, serve
 
 TARGETS = {1: 3.0, 8: 5.0}
 SIDES = ("openemu3", "transformers")
@@ -55,8 +55,8 @@ def choose_cases(quick: bool) -> dict[tuple[int, int], list[Case]]:
 # ---- one side, in its own process
 
 
-class Worker:
-    """Runs cases that come as JSON lines on stdin and answers with seconds and bytes."""
+class Drawer:
+    """The network of one side, and how it draws."""
 
     def __init__(self, name: str) -> None:
         import torch
@@ -175,48 +175,21 @@ class Worker:
         assert ids.shape[1] == len(conditional[0]) + len(layout)
         return time.perf_counter() - marks[0 if case.is_whole else 1]
 
-    def serve(self) -> None:
-        print(json.dumps({"ready": True}), flush=True)
-        for line in sys.stdin:
-            command = json.loads(line)
-            Path("/proc/self/clear_refs").write_text("5")  # resets the peak of the resident set
-            seconds = self.draw(Case(**command["case"]), command["seed"])
-            print(json.dumps({"seconds": seconds, "peak": read_peak()}), flush=True)
-
-
-def read_peak() -> int:
-    """Highest resident set in bytes since the last reset."""
-    (line,) = [line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM")]
-    return int(line.split()[1]) * 1024
+    def work(self, case: dict[str, int], seed: int) -> dict[str, Any]:
+        return {"seconds": self.draw(Case(**case), seed)}
 
 
 # ---- both sides
 
 
-class Side:
+class Side(Worker):
     """A worker process."""
 
     def __init__(self, name: str) -> None:
-        self.process = subprocess.Popen(
-            [sys.executable, __file__, "--worker", name], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-        )  # fmt: skip
-        self._read()
-
-    def _read(self) -> dict[str, Any]:
-        assert self.process.stdout is not None
-        line = self.process.stdout.readline()
-        if not line:
-            raise RuntimeError(f"the worker ended with status {self.process.wait()}")
-        return json.loads(line)
+        super().__init__(__file__, ["--worker", name])
 
     def measure(self, case: Case, seed: int) -> dict[str, Any]:
-        assert self.process.stdin is not None
-        self.process.stdin.write(json.dumps({"case": asdict(case), "seed": seed}) + "\n")
-        self.process.stdin.flush()
-        return self._read()
-
-    def close(self) -> None:
-        self.process.communicate()
+        return self.ask(case=asdict(case), seed=seed)
 
 
 def run(quick: bool, rounds: int) -> list[dict[str, Any]]:
@@ -275,7 +248,7 @@ def main() -> None:
     parser.add_argument("--worker", choices=SIDES, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.worker:
-        Worker(arguments.worker).serve()
+        serve(Drawer(arguments.worker).work)
         return
     began = time.perf_counter()
     print(f"guided pictures, 512 wide, 8 layers, 184,622 ids, bf16; {platform.processor() or platform.machine()}; seconds for the batch")

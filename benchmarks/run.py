@@ -14,7 +14,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-BENCHMARKS = ("vision_tokenizer", "generation", "tokenization", "loader")
+BENCHMARKS = ("vision_tokenizer", "generation", "tokenization", "loader", "train_step")
 
 
 def main() -> None:

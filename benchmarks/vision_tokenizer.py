@@ -15,13 +15,13 @@ import argparse
 import json
 import platform
 import statistics
-import subprocess
-import sys
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
+
+from side_by_side import Worker, read_peak, serve
 
 OURS, OURS_LAST, THEIRS = "openemu3", "openemu3 channels_last", "transformers"
 SIDES = (OURS, OURS_LAST, THEIRS)
@@ -49,8 +49,8 @@ def choose_settings(quick: bool, rounds: int | None) -> list[Setting]:
 # ---- one side, in its own process
 
 
-class Worker:
-    """Runs tasks that come as JSON lines on stdin and answers with seconds, peak bytes and, where asked, results."""
+class Coder:
+    """The network of one side, and its tasks."""
 
     def __init__(self, side: str, width: str, dtype: str) -> None:
         import torch
@@ -115,53 +115,29 @@ class Worker:
         }
         return getattr(self.network, method[task])(given)
 
-    def serve(self) -> None:
-        print(json.dumps({"ready": True}), flush=True)
-        for line in sys.stdin:
-            command = json.loads(line)
-            Path("/proc/self/clear_refs").write_text("5")  # resets the peak of the resident set
-            begun = time.perf_counter()
-            result = self.run(command["task"])
-            answer = {"seconds": time.perf_counter() - begun, "peak": read_peak()}
-            if command["save"]:
-                import numpy as np
+    def work(self, task: str, save: str | None) -> dict[str, Any]:
+        """save: file for the codes or pixels; neither its seconds nor its memory count."""
+        begun = time.perf_counter()
+        result = self.run(task)
+        answer = {"seconds": time.perf_counter() - begun, "peak": read_peak()}
+        if save:
+            import numpy as np
 
-                np.save(command["save"], result.float().numpy())
-            print(json.dumps(answer), flush=True)
-
-
-def read_peak() -> int:
-    """Highest resident set in bytes since the last reset."""
-    (line,) = [line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM")]
-    return int(line.split()[1]) * 1024
+            np.save(save, result.float().numpy())
+        return answer
 
 
 # ---- all sides
 
 
-class Side:
+class Side(Worker):
     """A worker process."""
 
     def __init__(self, name: str, setting: Setting) -> None:
-        command = [sys.executable, __file__, "--worker", name, "--width", setting.width, "--dtype", setting.dtype]
-        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-        self._read()
-
-    def _read(self) -> dict[str, Any]:
-        assert self.process.stdout is not None
-        line = self.process.stdout.readline()
-        if not line:
-            raise RuntimeError(f"the worker ended with status {self.process.wait()}")
-        return json.loads(line)
+        super().__init__(__file__, ["--worker", name, "--width", setting.width, "--dtype", setting.dtype])
 
     def measure(self, task: str, save: Path | None = None) -> dict[str, Any]:
-        assert self.process.stdin is not None
-        self.process.stdin.write(json.dumps({"task": task, "save": str(save) if save else None}) + "\n")
-        self.process.stdin.flush()
-        return self._read()
-
-    def close(self) -> None:
-        self.process.communicate()
+        return self.ask(task=task, save=str(save) if save else None)
 
 
 TASKS = ("encode still", "decode still", "encode clip", "decode clip")
@@ -259,7 +235,7 @@ def main() -> None:
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.worker:
-        Worker(arguments.worker, arguments.width, arguments.dtype).serve()
+        serve(Coder(arguments.worker, arguments.width, arguments.dtype).work)
         return
     began = time.perf_counter()
     print(
