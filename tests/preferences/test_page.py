@@ -118,12 +118,28 @@ def test_a_prompt_is_rated_with_the_keyboard_alone(store, serve, visit):
     assert page.is_visible("#help") and "You vote as Ann." in page.inner_text("#help")
     page.keyboard.press("1")  # scores nothing while it is open
     page.keyboard.press("Escape")
-    page.keyboard.press("z")
+    assert votes_of(store, "Ann") == expected | {order[3]: Vote(1, 2)}
+
+
+def test_a_closer_look_compares_and_rates(store, serve, visit):
+    page = visit(serve(store), store.invite("Ann"))
+    go_to(page, "a red apple")
+    order = read_order(page)
+    page.click(".card:nth-child(4) .view")
     assert page.is_visible("#zoom img") and page.inner_text("#zoom-name") == "D of D"
     page.keyboard.press("ArrowRight")
     assert page.inner_text("#zoom-name") == "A of D"
+    for digit in "53":  # both rows of A, then it goes on by itself
+        page.keyboard.press(digit)
+    assert page.inner_text("#zoom-name") == "B of D"
+    page.click("#zoom .scale >> nth=1 >> text=2")
     page.keyboard.press("Escape")
-    assert votes_of(store, "Ann") == expected | {order[3]: Vote(1, 2)}
+    wait_until_saved(page)
+    assert votes_of(store, "Ann") == {order[0]: Vote(5, 3), order[1]: Vote(None, 2)}
+    # What was scored there stands in the cards, and the focus is where one was.
+    assert page.inner_text("#count") == "1 of 4 rated" and page.locator("#cards [aria-checked=true]").count() == 3
+    assert page.evaluate("document.activeElement.parentElement.ariaLabel") == "B, visual appeal"
+    assert page.locator("#zoom .scale").count() == 0 and page.evaluate("shown.candidates.every((one) => one.rows.length === 2)")
 
 
 def test_everything_is_there_again_after_a_reload(store, serve, visit):

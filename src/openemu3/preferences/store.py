@@ -47,7 +47,7 @@ class UnknownToken(InputError):
 
 
 class UnknownThing(InputError):
-    """A prompt, candidate or voter that is not in the database."""
+    """A prompt or candidate that is not in the database."""
 
 
 class RemovedCandidate(InputError):
