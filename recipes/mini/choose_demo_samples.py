@@ -67,13 +67,13 @@ def choose_samples(images: Sequence[Sample], videos: Sequence[Sample], seed: int
     )
     unseen = draw(6, is_picture("heldout_combination", "flat", False)) + draw(6, is_picture("heldout_combination", "3D", True))
     read = draw(6, is_picture("train", "3D", False))
-    read += draw(3, is_picture("heldout_combination", "flat", False)) + draw(3, is_picture("heldout_combination", "3D", True))
+    read += draw(6, lambda s: s.split == "heldout_combination")
     films = draw(6, lambda s: s.split == "train" and float(s.attributes["motion"]) >= min_motion, videos)
     films += draw(2, lambda s: s.split == "heldout_video", videos)
 
     stills = {s.attributes["hexcode"]: s.media for s in images if s.attributes["style"] == "3D"}
     drawn = [
-        # Half of the core's samples have no Chinese caption.
+        # Most of the core's samples have no Chinese caption.
         _mark(s, "draw", "zh" if index % CHINESE_EVERY == CHINESE_EVERY - 1 and "zh" in s.captions else "en")
         for index, s in enumerate(seen + unseen)
     ]
