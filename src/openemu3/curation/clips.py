@@ -70,9 +70,9 @@ class Clip:
 def cut_clips(source: Source, scenes: Sequence[Scene], config: ClipConfig | None = None) -> Iterator[Clip]:
     """Cut a video at the scenes of `find_scenes`, in order; one clip is in memory at a time.
 
-    The file's packets are read once, and its frames decoded once up to the last scene that cannot be copied. Clips show exactly the
-    frames of their scene at the times they have in the source, a variable rate included; a stored rotation is kept in copies and
-    applied otherwise. Raises InputError for scenes that overlap or are not in order, or that the file does not have, and as
+    The file's packets are read once; its frames are decoded once, from the first scene that cannot be copied to the last one. Clips show
+    exactly the frames of their scene at the times they have in the source, a variable rate included; a stored rotation is kept in copies
+    and applied otherwise. Raises InputError for scenes that overlap or are not in order, or that the file does not have, and as
     `media.stream_frames` does.
     """
     config = config or ClipConfig()
@@ -86,7 +86,7 @@ def cut_clips(source: Source, scenes: Sequence[Scene], config: ClipConfig | None
     info = probe_video(source)
     plan = _plan_copies(source, scenes) if config.copy else {}
     copies = _copy_spans(source, [plan[scene] for scene in scenes if scene in plan])
-    frames = enumerate(stream_frames(source))
+    frames = _number_frames(source, next((scene for scene in scenes if scene not in plan), scenes[0]))
     for scene in scenes:
         if scene in plan:
             yield Clip(next(copies), scene, True, info.height, info.width)
@@ -189,6 +189,17 @@ def _read_packets(container: av.container.InputContainer) -> Iterator[av.Packet]
 
 
 # --------------------------------------------------------------------------------------------------------------------------- encoding anew
+
+
+def _number_frames(source: Source, first: Scene) -> Iterator[tuple[int, TimedFrame]]:
+    """The source's frames with their numbers from the one that begins `first` on; from frame 0 on where its time does not lead to it."""
+    frames = stream_frames(source, start=first.start)
+    head = next(frames, None)
+    if head is not None and abs(head.time - Fraction(first.start)) < 1e-6:
+        yield first.start_frame, head
+        yield from enumerate(frames, first.start_frame + 1)
+    else:
+        yield from enumerate(stream_frames(source))
 
 
 def _encode_clip(frames: Iterator[tuple[int, TimedFrame]], scene: Scene, fps: float, config: ClipConfig) -> Clip:

@@ -165,6 +165,23 @@ def test_the_same_cut_gives_the_same_bytes(draw_frames, encode_film):
     assert [clip.media for clip in cut_clips(film, scenes)] == [clip.media for clip in cut_clips(film, scenes)]
 
 
+@pytest.mark.parametrize("kind", ["closed", "open", "plain", "hevc"])
+def test_scenes_cut_one_by_one_are_the_same(films, kind):
+    """Whether decoding begins with the film or by a leap into its middle."""
+    film, scenes = films[kind][0], spans([0, 5, 14, 30, 47])
+    together = [clip.media for clip in cut_clips(film, scenes, ClipConfig(copy=False))]
+    assert together == [next(cut_clips(film, [scene], ClipConfig(copy=False))).media for scene in scenes]
+
+
+def test_frames_whose_times_do_not_lead_to_them_are_counted(draw_frames, encode_film):
+    """A scene that states another time than its first frame has: the number counts."""
+    film = encode_film(draw_frames([30]))
+    source, _ = read(film)
+    (clip,) = cut_clips(film, [Scene(7, 12, 7.4 / 24, 12 / 24)])
+    assert not clip.copied
+    check(clip, source)
+
+
 def test_quality_is_what_was_asked_for(draw_frames, encode_film):
     grey = draw_frames([24])[..., :1].repeat(3, axis=-1)  # colours are stored at half resolution, whatever the quality
     film = encode_film(grey, options={"crf": "4"})
