@@ -21,6 +21,7 @@ from openemu3.cli.evaluate import Evaluate
 from openemu3.cli.generate import Answer, Chat, Demo, Describe, Generate
 from openemu3.cli.options import Command
 from openemu3.cli.plan import Plan
+from openemu3.cli.post_training import TokenizeConversations
 from openemu3.cli.preferences import Preferences
 from openemu3.cli.select import Select
 from openemu3.cli.tokenize import Pack, Tokenize
@@ -50,6 +51,7 @@ COMMANDS: dict[str, Callable[..., Command]] = {
     "curate": Curate,
     "tokenize": Tokenize,
     "pack": Pack,
+    "tokenize-conversations": TokenizeConversations,
     "train": Train,
     "export": Export,
     "preferences": Preferences,

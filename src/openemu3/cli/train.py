@@ -4,85 +4,19 @@ from __future__ import annotations
 
 import json
 import math
-import sys
-import time
-from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Annotated, Literal
 
 from tyro.conf import Positional, subcommand
 
-from openemu3.cli.options import (
-    Device,
-    Files,
-    Json,
-    check_files,
-    choose_device,
-    print_answer,
-    report_folder,
-)
+from openemu3.cli.options import Files, Json, check_files, report_folder
+from openemu3.cli.post_training import ExportAdapter, TrainImageToText, TrainInstruct, TrainPreferences, TrainQuality
+from openemu3.cli.training_options import ParallelOptions, TrainingOptions, change, report_training
 from openemu3.records import InputError
 
 if TYPE_CHECKING:
-    from _typeshed import DataclassInstance
-
     from openemu3.data.loader import LoaderConfig
-    from openemu3.distributed import ParallelConfig
-    from openemu3.training.stages import LanguageRun, VisionTokenizerRun
-    from openemu3.training.trainer import Trainer
-
-    Config = TypeVar("Config", bound=DataclassInstance)
-    Run = TypeVar("Run", VisionTokenizerRun, LanguageRun)
-
-
-@dataclass(frozen=True)
-class TrainingOptions:
-    """How long, how often and where; what is not given is as the preset says."""
-
-    num_steps: int | None = None
-    """How long; the learning rate's schedule stretches with it."""
-    learning_rate: float | None = None
-    """Highest learning rate."""
-    warmup_steps: int | None = None
-    """Steps in which the learning rate climbs to it."""
-    schedule: Literal["cosine", "linear", "constant"] | None = None
-    """How it falls after that, to zero at the last step, or not at all."""
-    validation_split: str | None = None
-    """What to measure on, by its split; what is of the split "train" is learnt."""
-    max_validation: int | None = None
-    """Pictures to measure on, at most, and an eighth as many clips; or documents."""
-    log_every: int | None = None
-    """Steps between two rows of metrics."""
-    validate_every: int | None = None
-    """Steps between two measurements, after which pictures are drawn, too, if any are."""
-    save_every: int | None = None
-    """Steps between two checkpoints."""
-    wandb: str = ""
-    """Project of Weights & Biases to log to, besides metrics.jsonl and TensorBoard."""
-    seed: int = 0
-    """The same seed gives the same weights."""
-    device: Device = "auto"
-    """Where to compute: auto takes the GPU if there is one."""
-
-    def count_steps(self) -> dict[str, int]:
-        """The argument for building a preset."""
-        return {} if self.num_steps is None else {"num_steps": self.num_steps}
-
-    def apply(self, run: Run) -> Run:
-        """The run as these options want it."""
-        cadences = {"validate_every": self.validate_every, "sample_every": self.validate_every, "save_every": self.save_every}
-        if not run.trainer.sample_every:
-            del cadences["sample_every"]
-        schedule = {"learning_rate": self.learning_rate, "warmup_steps": self.warmup_steps, "schedule": self.schedule}
-        changed = replace(
-            run,
-            trainer=_change(run.trainer, seed=self.seed, wandb=self.wandb, log_every=self.log_every, **cadences),
-            learner=_change(run.learner, optimizer=_change(run.learner.optimizer, **schedule)),
-            seed=self.seed,
-            device=choose_device(self.device),
-        )
-        return _change(changed, validation_split=self.validation_split, max_validation=self.max_validation)
 
 
 @dataclass(frozen=True)
@@ -119,36 +53,8 @@ class TrainVisionTokenizer:
             run = presets.build_mini_decoder_run(self.samples, self.output, self.init_from, **steps)
         run = self.training.apply(run)
         batches = {"images_per_batch": self.images_per_batch, "clips_per_batch": self.clips_per_batch, "video_every": self.video_every}
-        run = replace(run, learner=_change(run.learner, seed=seed), batches=_change(run.batches, seed=run.batches.seed + seed, **batches))
-        _report_training(self.json, self.output, run.run)
-
-
-@dataclass(frozen=True)
-class ParallelOptions:
-    """How a training is spread over the processes that torchrun starts, and what each of them recomputes and compiles."""
-
-    dp: int | None = None
-    """Data parallel groups, over which the weights are sharded; otherwise as many as there are processes for."""
-    replicate: int = 1
-    """Of these groups, how many keep a whole copy of the weights each."""
-    cp: int = 1
-    """Context parallel ranks, which share the tokens of a row."""
-    tp: int = 1
-    """Tensor parallel ranks, which share the heads, channels and vocabulary of every layer."""
-    checkpointing: Literal["none", "selective", "full"] | None = None
-    """What the backward pass computes a second time to save memory; otherwise as the preset says."""
-    compile: bool = False
-    """Compile every layer with torch.compile; the 8B presets do in any case."""
-
-    def apply(self, config: ParallelConfig) -> ParallelConfig:
-        from openemu3.distributed import read_whole_number
-
-        num_processes = read_whole_number("WORLD_SIZE", 1)
-        dp = max(1, num_processes // max(1, self.cp * self.tp)) if self.dp is None else self.dp
-        return _change(
-            config, dp=dp, replicate=self.replicate, cp=self.cp, tp=self.tp,
-            activation_checkpointing=self.checkpointing, compile=self.compile or None,
-        )  # fmt: skip
+        run = replace(run, learner=change(run.learner, seed=seed), batches=change(run.batches, seed=run.batches.seed + seed, **batches))
+        report_training(self.json, self.output, run.run)
 
 
 @dataclass(frozen=True)
@@ -211,9 +117,9 @@ class TrainLanguage:
             raise InputError(f"role-weights names {sorted(unknown)}; allowed are {', '.join(asdict(role_weights))}")
         run = replace(
             run,
-            transformer=_change(run.transformer, dropout=self.dropout),
-            trainer=_change(run.trainer, peak_flops=None if self.peak_tflops is None else self.peak_tflops * 1e12),
-            learner=_change(run.learner, precision=self.precision, role_weights=replace(role_weights, **self.role_weights)),
+            transformer=change(run.transformer, dropout=self.dropout),
+            trainer=change(run.trainer, peak_flops=None if self.peak_tflops is None else self.peak_tflops * 1e12),
+            learner=change(run.learner, precision=self.precision, role_weights=replace(role_weights, **self.role_weights)),
             batches=self._build_batches(run.batches),
             parallel=self.parallel.apply(run.parallel),
             init_from=self.init_from,
@@ -221,7 +127,7 @@ class TrainLanguage:
         draw, prompts = None, self.prompts or preset.prompts
         if prompts and run.parallel.num_ranks == 1:
             draw = presets.build_sheet_drawer(self.tokenizers, prompts, preset.defaults, preset.image_area, run.device, self.training.seed)
-        _report_training(self.json, self.output, lambda: run.run(draw))
+        report_training(self.json, self.output, lambda: run.run(draw))
 
     def _build_batches(self, config: LoaderConfig) -> LoaderConfig:
         rows = self.rows_per_batch
@@ -239,7 +145,7 @@ class TrainLanguage:
         mixture = None
         if self.mixture or self.shares:
             mixture = replace(config.mixture, rates=self.mixture, shares=self.shares)
-        return _change(
+        return change(
             config, context_length=self.context_length, rows_per_batch=rows, rows_per_micro_batch=micro, mixture=mixture,
             null_prompt_share=self.null_prompt_share, plain=self.plain_packing or None, seed=self.training.seed,
         )  # fmt: skip
@@ -247,9 +153,16 @@ class TrainLanguage:
 
 @dataclass(frozen=True)
 class Train:
-    """Train a vision tokenizer, or a language model on what it makes of pictures."""
+    """Train a vision tokenizer, a language model on what it makes of pictures, and the stages after that."""
 
-    what: Annotated[TrainVisionTokenizer, subcommand("vision-tokenizer")] | Annotated[TrainLanguage, subcommand("language")]
+    what: (
+        Annotated[TrainVisionTokenizer, subcommand("vision-tokenizer")]
+        | Annotated[TrainLanguage, subcommand("language")]
+        | Annotated[TrainQuality, subcommand("qft")]
+        | Annotated[TrainPreferences, subcommand("dpo")]
+        | Annotated[TrainImageToText, subcommand("image-to-text")]
+        | Annotated[TrainInstruct, subcommand("instruct")]
+    )
 
     def run(self) -> None:
         self.what.run()
@@ -297,8 +210,11 @@ class ExportModel:
         from openemu3.training.export import DESCRIPTION_FILE, export_model
 
         config = None if (self.run_folder / DESCRIPTION_FILE).exists() else presets.MINI_TRANSFORMER
-        generation = asdict(presets.MINI_DEFAULTS)
-        export_model(self.run_folder, config, self.tokenizers, self.output, presets.MINI_IMAGE_AREA, generation)
+        generation, image_area = asdict(presets.MINI_DEFAULTS), presets.MINI_IMAGE_AREA
+        before = json.loads((self.tokenizers / "config.json").read_text(encoding="utf-8"))
+        if "generation" in before:  # the tokenizers are those of a whole model, which was trained on: it is asked as it was
+            generation, image_area = before["generation"], before.get("image_area", image_area)
+        export_model(self.run_folder, config, self.tokenizers, self.output, image_area, generation)
         report_folder(self.json, self.output)
 
 
@@ -306,31 +222,11 @@ class ExportModel:
 class Export:
     """Write what was trained as a folder to use."""
 
-    what: Annotated[ExportTokenizers, subcommand("tokenizers")] | Annotated[ExportModel, subcommand("model")]
+    what: (
+        Annotated[ExportTokenizers, subcommand("tokenizers")]
+        | Annotated[ExportModel, subcommand("model")]
+        | Annotated[ExportAdapter, subcommand("adapter")]
+    )
 
     def run(self) -> None:
         self.what.run()
-
-
-def _change(config: Config, **changes: Any) -> Config:
-    """The configuration with those fields changed that are not None."""
-    return replace(config, **{name: value for name, value in changes.items() if value is not None})
-
-
-def _report_training(as_json: bool, folder: Path, train: Callable[[], Trainer]) -> None:
-    """Train, and say where it ended. A run that was stopped raises KeyboardInterrupt: what follows it in a script must not begin."""
-    from openemu3.distributed import read_whole_number
-
-    began = time.monotonic()
-    trainer = train()
-    if read_whole_number("RANK", 0):  # the first rank speaks for all
-        return
-    steps = trainer.config.num_steps
-    if not trainer.is_complete:
-        print(f"{folder}: saved at step {trainer.step} of {steps}; the same command goes on from there", file=sys.stderr)
-        raise KeyboardInterrupt
-    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
-    measured = {name: value for name, value in rows[-1].items() if name.startswith("validation/")}
-    numbers = ", ".join(f"{name.removeprefix('validation/')} {value}" for name, value in measured.items())
-    answer = {"folder": str(folder), "steps": trainer.step, **measured, "seconds": round(time.monotonic() - began, 3)}
-    print_answer(as_json, f"{folder}: {trainer.step} steps; held out: {numbers}", answer)

@@ -259,7 +259,7 @@ class Emu3:
             text_tokenizer.num_tokens if config.num_text is None else config.num_text,
             vision_config["codebook_size"] if config.num_codes is None else config.num_codes,
         )
-        defaults = _read_defaults(path)
+        defaults = read_defaults(path)
         with torch.device("meta"):
             vision_tokenizer = VisionTokenizer(VisionTokenizerConfig(**vision_config))
         load_into(vision_tokenizer, vision_path, "vision_tokenizer", device, torch.float32)
@@ -722,7 +722,7 @@ def _group_drawn(
     return [together[start : start + size] for start in range(0, len(together), size)]
 
 
-def _read_defaults(folder: Path) -> TaskDefaults:
+def read_defaults(folder: Path) -> TaskDefaults:
     """From config.json, which `read_config` has read before; the published defaults where it has no such key."""
     raw = json.loads((folder / "config.json").read_bytes())
     if "generation" not in raw:

@@ -27,6 +27,7 @@ from openemu3.tokenization.sequence import SequenceFormat, Vocabulary
 from openemu3.tokenization.text import TextTokenizer
 from openemu3.tokenization.vision import VisionTokenizer, VisionTokenizerConfig
 from openemu3.training.checkpoint import list_checkpoints, load_checkpoint, take_prefix
+from openemu3.training.lora import LoraConfig, has_adapters, merge_state
 from openemu3.training.trainer import DESCRIPTION_FILE
 
 TEXT_RANKS = "text.tiktoken"
@@ -70,7 +71,7 @@ def export_model(
     vision, vocabulary = read_config(tokenizers), read_vocabulary(tokenizers)
     if vocabulary.size != config.vocab_size:
         raise InputError(f"{run} has a vocabulary of {config.vocab_size}; the tokenizers in {tokenizers} have {vocabulary.size}")
-    state = check_state(run, load_newest(run, "transformer"), Transformer(config))
+    state = check_state(run, load_weights(run), Transformer(config))
     folder.mkdir(parents=True, exist_ok=True)
     if tokenizers.resolve() != folder.resolve():
         for name in (TEXT_RANKS, VISION_WEIGHTS):
@@ -125,6 +126,15 @@ def load_newest(run: Path, prefix: str) -> dict[str, torch.Tensor]:
     if not checkpoints:
         raise InputError(f"{run} holds no checkpoint; name the folder of a training run")
     return take_prefix(prefix, load_checkpoint(checkpoints[-1], prefix)[0])
+
+
+def load_weights(run: Path) -> dict[str, torch.Tensor]:
+    """The transformer of a run's newest checkpoint by its published names, with adapters, if the run trained such, merged in."""
+    state = load_newest(run, "transformer")
+    if not has_adapters(state):
+        return state
+    lora = LoraConfig.parse(read_description(run, "language")["lora"])
+    return merge_state(state, lora.alpha / lora.rank)
 
 
 def read_vocabulary(tokenizers: Path) -> Vocabulary:

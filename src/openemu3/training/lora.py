@@ -71,6 +71,11 @@ def apply_lora(transformer: Transformer, config: LoraConfig) -> None:
             parameter.data = parameter.data.float()  # of bf16 weights, too: small updates must not be rounded away
 
 
+def has_adapters(state: Mapping[str, Tensor]) -> bool:
+    """Whether this is the state dict of a transformer with adapters."""
+    return any(name.endswith(DOWN) for name in state)
+
+
 def merge_state(state: Mapping[str, Tensor], scale: float) -> dict[str, Tensor]:
     """The state dict of a transformer with adapters -> that of a plain one. scale: alpha / rank. Sums are made in fp32."""
     merged: dict[str, Tensor] = {}

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from itertools import chain
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from rich.console import Console
@@ -31,11 +31,15 @@ from openemu3.model.weights import open_state
 from openemu3.records import InputError, Sample
 from openemu3.tokenization.encode import read_clip
 from openemu3.tokenization.vision import VisionTokenizer, VisionTokenizerConfig
-from openemu3.training.export import TEXT_RANKS, compute_fingerprint, load_newest, read_description, read_vocabulary
+from openemu3.training.export import TEXT_RANKS, compute_fingerprint, load_newest, load_weights, read_description, read_vocabulary
 from openemu3.training.language_learner import LanguageLearner, LanguageLearnerConfig, RoleWeights
+from openemu3.training.lora import LoraConfig, apply_lora
 from openemu3.training.throughput import measure_peak_flops
 from openemu3.training.trainer import DESCRIPTION_FILE, Trainer, TrainerConfig
 from openemu3.training.vision_learner import VisionLearner, VisionLearnerConfig, extend_codebook
+
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
 
 
 @dataclass(frozen=True)
@@ -78,7 +82,7 @@ class VisionTokenizerRun:
         return trainer
 
 
-def describe_run(kind: Literal["vision_tokenizer", "language"], run: VisionTokenizerRun | LanguageRun) -> dict[str, Any]:
+def describe_run(kind: Literal["vision_tokenizer", "language"], run: DataclassInstance) -> dict[str, Any]:
     """A run as plain values, for `run.json`: {"kind": ..., and its fields}. `export` builds the trained network from it."""
     return {"kind": kind, **json.loads(json.dumps(asdict(run), default=str))}
 
@@ -150,6 +154,7 @@ class LanguageRun:
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     # Weights to begin with: a model folder, or the folder of another run of the same network; None: fresh ones.
     init_from: Path | None = None
+    lora: LoraConfig | None = None  # adapters are trained beside frozen weights, which `init_from` must name
     validation_split: str = "heldout_combination"
     max_validation: int = 256  # documents
     validation_context: int | None = None  # tokens of a row to measure on, where longer documents are to be measured than learnt
@@ -204,13 +209,43 @@ class LanguageRun:
 
     def build_transformer(self, mesh: DeviceMesh | None, fingerprint: str) -> Transformer:
         """The network with its first weights, spread over the mesh. fingerprint: of the tokenizers that made the documents."""
-        transformer = Transformer(self.transformer).to(self.learner.weight_dtype)
-        parallelize(transformer, mesh, self.parallel, None if self.learner.precision == "fp32" else torch.bfloat16)
-        if self.init_from is None:
-            fill_weights(transformer, torch.Generator(self.device).manual_seed(self.seed))
-        else:
-            load_full_weights(transformer, open_weights(self.init_from, fingerprint), self.device)
+        weights = None if self.init_from is None else open_weights(self.init_from, fingerprint)
+        return build_network(self.transformer, self.learner.precision, weights, self.lora, self.seed, self.device, self.parallel, mesh)
+
+
+def build_network(
+    config: TransformerConfig,
+    precision: Literal["fp32", "mixed", "bf16"],
+    weights: Mapping[str, Tensor] | None,
+    lora: LoraConfig | None,
+    seed: int,
+    device: str,
+    parallel: ParallelConfig,
+    mesh: DeviceMesh | None,
+) -> Transformer:
+    """A transformer to be trained, spread over the mesh. weights: what it begins with, by published name; None: drawn from the seed.
+
+    With adapters every rank holds all weights for a moment. Raises InputError for adapters where they cannot be.
+    """
+    transformer = Transformer(config).to(torch.bfloat16 if precision == "bf16" else torch.float32)
+    compute_dtype = None if precision == "fp32" else torch.bfloat16
+    if lora is not None:
+        if weights is None:
+            raise InputError("adapters need weights to stand beside; name them with init_from")
+        if mesh is not None and (parallel.tp > 1 or precision == "bf16"):
+            raise InputError(
+                f"adapters are trained with tp 1 and weights in fp32 on several ranks; tp is {parallel.tp}, precision {precision}"
+            )
+        load_full_weights(transformer, weights, device)
+        apply_lora(transformer, lora)
+        parallelize(transformer, mesh, parallel, compute_dtype)
         return transformer
+    parallelize(transformer, mesh, parallel, compute_dtype)
+    if weights is None:
+        fill_weights(transformer, torch.Generator(device).manual_seed(seed))
+    else:
+        load_full_weights(transformer, weights, device)
+    return transformer
 
 
 class MicroBatches:
@@ -238,7 +273,7 @@ def open_weights(folder: Path, fingerprint: str) -> Mapping[str, Tensor]:
     if (folder / DESCRIPTION_FILE).exists():
         if read_description(folder, "language")["fingerprint"] != fingerprint:
             raise InputError(f"{folder} was trained on documents of other tokenizers; documents and first weights must belong together")
-        return load_newest(folder, "transformer")
+        return load_weights(folder)
     if (folder / TEXT_RANKS).exists() and compute_fingerprint(folder) != fingerprint:
         raise InputError(f"{folder} holds a model of other tokenizers; documents and first weights must belong together")
     return open_state(folder, "transformer")

@@ -1,0 +1,265 @@
+"""What post-training did to the mini model, in numbers and pictures: report.json and report.html, which needs nothing beside it.
+
+In: the model folders of the recipe (before, and after each stage), its prompts and questions. Out: the report. Everything is measured
+on prompts and pictures that no stage has learnt, in the same way before and after:
+
+* quality tuning: the mean percentile rank of drawings among the scored pictures, by the scores that chose them
+* preferences: how often the drawing after DPO pleases the taste more than the one before it, same prompt, same seed (a tie is half a win);
+  and, by judges that never saw a vote, whether drawings still show what was asked
+* image-to-text: exact descriptions
+* instruction tuning: right answers, against always giving the most frequent answer of the training questions of that kind
+"""
+
+from __future__ import annotations
+
+import base64
+import html
+import io
+import json
+from collections import Counter, defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+import tyro
+from ask_questions import KINDS
+from PIL import Image
+from score_samples import SCORES, score_picture
+from tastes import TASTES
+from torch import Tensor
+
+from openemu3.data.conversations import ConversationConfig, Shown, encode_medium
+from openemu3.data.samples import read_columns
+from openemu3.evaluation.image_generation import score_drawings
+from openemu3.evaluation.intervals import Estimate, estimate_mean
+from openemu3.evaluation.report import read_pictures, reconstruct, train_judges
+from openemu3.evaluation.understanding import CaptionParser, describe_pictures, score_descriptions
+from openemu3.generation.engine import Request
+from openemu3.generation.sampling import SamplingSettings
+from openemu3.generation.tasks import Emu3
+from openemu3.media import from_pil, to_pil
+from openemu3.tokenization.lpips import LPIPS
+from openemu3.tokenization.sequence import Turn
+
+ALIGNMENT = ("retrieval", "style", "tone")
+
+
+@dataclass(frozen=True)
+class Report:
+    """Flags of this script."""
+
+    work: Path
+    """The recipe's work folder."""
+    samples: Path
+    """Parquet file of all real pictures."""
+    base: str = "mini"
+    """The model that the recipe began with."""
+    taste: Literal["warmth", "size"] = "warmth"
+    """What the voters like."""
+    num_seeds: int = 2
+    """Pictures drawn of each prompt, for the win rate."""
+    temperature: float = 1.0
+    """Of these drawings, as of the candidates that were voted on."""
+    max_prompts: int | None = None
+    """Of the held-out prompts; all otherwise."""
+    max_questions: int | None = None
+    """Of the held-out questions; all otherwise."""
+    num_candidates: int = 50
+    """Real pictures that a drawing is told apart among."""
+    classifier_steps: int = 400
+    """Training steps of the judges of style and tone."""
+
+    def run(self) -> None:
+        torch.set_grad_enabled(False)
+        samples, pixels = read_pictures(self.samples)
+        lines = (self.work / "preferences" / "heldout.jsonl").read_text(encoding="utf-8").splitlines()
+        asked = [json.loads(line) for line in lines][: self.max_prompts]
+        places = {sample.id: index for index, sample in enumerate(samples)}
+        wanted = [places[one["id"]] for one in asked]
+        prompts = [one["prompt"] for one in asked]
+
+        models = {"before": self.base, "after quality tuning": self.work / "qft_model", "after DPO": self.work / "dpo_model"}
+        drawings: dict[str, Tensor] = {}  # [seeds, N, 3, H, W]
+        rebuilt = None
+        for name, folder in models.items():
+            print(f"drawing {len(prompts)} prompts: {name}", flush=True)
+            emu3 = Emu3.load(folder)
+            drawings[name] = torch.stack([draw(emu3, prompts, seed, self.temperature) for seed in range(self.num_seeds)])
+            rebuilt = reconstruct(emu3, pixels[wanted]) if rebuilt is None else rebuilt
+        assert rebuilt is not None
+        print("judging", flush=True)
+        with torch.enable_grad():
+            judges = train_judges(samples, pixels, LPIPS("vgg"), self.classifier_steps)
+        alignment = {
+            name: score_drawings(pictures[0], rebuilt, wanted, samples, pixels, judges, self.num_candidates)
+            for name, pictures in drawings.items()
+        }
+        report: dict[str, Any] = {
+            "settings": {field: str(value) if isinstance(value, Path) else value for field, value in vars(self).items()},
+            "quality tuning": self._measure_quality(drawings),
+            "preferences": self._measure_taste(drawings, prompts),
+            "alignment": {name: {key: scores[key] for key in ALIGNMENT if key in scores} for name, scores in alignment.items()},
+            "image-to-text": self._measure_descriptions(samples, pixels),
+            "instruction": self._measure_answers(),
+        }
+        (self.work / "report.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+        sheet = make_sheet([pixels[wanted], *(pictures[0] for pictures in drawings.values())])
+        (self.work / "report.html").write_text(write_html(report, prompts, list(drawings), sheet), encoding="utf-8")
+        sheet.save(self.work / "before_after.png")
+        print(self.work / "report.html")
+        win = Estimate(**report["preferences"]["win rate"])
+        print(f"win rate after DPO: {win.format(1, 100, ' %')}")
+
+    def _measure_quality(self, drawings: dict[str, Tensor]) -> dict[str, Any]:
+        """The mean percentile rank among the scored pictures of the training split."""
+        rows = read_columns(self.work / "scored.parquet", ["scores"], splits={"train"})
+        columns = list(zip(*([row["scores"][name] for name in SCORES] for row in rows), strict=True))
+        ranked = [np.sort(np.array(column)) for column in columns]
+        report = {}
+        for name in ("before", "after quality tuning"):
+            ranks = []
+            for picture in drawings[name].flatten(0, 1):
+                found = score_picture(picture)
+                below = [np.searchsorted(column, found[score]) / len(column) for column, score in zip(ranked, SCORES, strict=True)]
+                ranks.append(float(np.mean(below)))
+            report[name] = estimate_mean(ranks).to_dict()
+        return report
+
+    def _measure_taste(self, drawings: dict[str, Tensor], prompts: Sequence[str]) -> dict[str, Any]:
+        """Against the model after quality tuning, which is where DPO began; intervals over prompts."""
+        measured = {name: [TASTES[self.taste](picture) for picture in pictures.flatten(0, 1)] for name, pictures in drawings.items()}
+        groups = list(prompts) * self.num_seeds
+        pairs = zip(measured["after DPO"], measured["after quality tuning"], strict=True)
+        wins = [0.5 if after == before else float(after > before) for after, before in pairs]
+        return {
+            "taste": self.taste,
+            "win rate": estimate_mean(wins, groups).to_dict(),
+            "mean": {name: estimate_mean(values, groups).to_dict() for name, values in measured.items()},
+        }
+
+    def _measure_descriptions(self, samples: Sequence[Any], pixels: Tensor) -> dict[str, Any]:
+        held_out = [index for index, sample in enumerate(samples) if sample.split != "train"][: self.max_prompts]
+        parser = CaptionParser(samples)
+        report = {}
+        for name, folder in (("before", self.base), ("after", self.work / "image_to_text_model")):
+            print(f"describing {len(held_out)} pictures: {name}", flush=True)
+            texts = describe_pictures(Emu3.load(folder), pixels[held_out])
+            report[name] = score_descriptions(texts, [samples[index] for index in held_out], parser)
+        return report
+
+    def _measure_answers(self) -> dict[str, Any]:
+        """kind of question -> {"before", "after", "majority"}: shares of right answers, intervals over pictures."""
+        folder = self.work / "questions"
+        learnt, asked = (json.loads((folder / f"{side}.json").read_text(encoding="utf-8")) for side in ("train", "heldout"))
+        asked = asked[: self.max_questions]
+        answers: dict[str, Counter[str]] = defaultdict(Counter)
+        for row in learnt:
+            answers[row["kind"]][row["conversations"][1]["value"]] += 1
+        said = {"majority": [answers[row["kind"]].most_common(1)[0][0] for row in asked]}
+        for name, model in (("before", self.base), ("after", self.work / "instruct_model")):
+            print(f"answering {len(asked)} questions: {name}", flush=True)
+            said[name] = answer(Emu3.load(model), asked, folder)
+        kinds = sorted({row["kind"] for row in asked})
+        report = {}
+        for kind in ["all", *kinds]:
+            chosen = [index for index, row in enumerate(asked) if kind in ("all", row["kind"])]
+            pictures = [asked[index]["image"] for index in chosen]
+            report[kind] = {
+                name: estimate_mean(
+                    [float(texts[index] == asked[index]["conversations"][1]["value"]) for index in chosen], pictures
+                ).to_dict()
+                for name, texts in said.items()
+            }
+        return report
+
+
+def draw(emu3: Emu3, prompts: list[str], seed: int, temperature: float) -> Tensor:
+    """[N, 3, H, W] in [-1, 1], one picture of each prompt."""
+    drawn = emu3.draw(prompts, seed=seed, temperature=temperature)
+    return torch.cat([from_pil(pictures[0]) for pictures in drawn], dim=1).transpose(0, 1)
+
+
+def answer(emu3: Emu3, rows: Sequence[dict[str, Any]], folder: Path) -> list[str]:
+    """The answers, all pictures and questions together."""
+    defaults = emu3.defaults
+    config = ConversationConfig(defaults.min_pixels, defaults.max_pixels)
+    parts = {row["image"]: None for row in rows}
+    shown = {name: encode_medium(Shown("image", folder / name), emu3.vision_tokenizer, config) for name in parts}
+    prompts = []
+    for row in rows:
+        question = row["conversations"][0]["value"].removeprefix("<image>\n")
+        prompts.append(emu3.format.chat_prompt([Turn(question, (shown[row["image"]],))]))
+    settings = SamplingSettings(0.0, 0, 1.0, 1.0)
+    texts = []
+    for done in emu3.engine.generate([Request(prompt, max_new_tokens=24, settings=settings) for prompt in prompts]):
+        ids = done.token_ids[:-1] if done.stopped else done.token_ids
+        texts.append(emu3.format.text_tokenizer.decode(ids.tolist()).strip())
+    return texts
+
+
+def make_sheet(kinds: Sequence[Tensor], columns: int = 20, max_pictures: int = 60) -> Image.Image:
+    """Pictures of several kinds [N, 3, H, W], one kind a row, `columns` to a line, with a gap between the lines."""
+    height, width = kinds[0].shape[2:]
+    number = min(max_pictures, len(kinds[0]))
+    lines = -(-number // columns)
+    sheet = Image.new("RGB", (columns * width, lines * (len(kinds) * height + 8)), "white")
+    for index in range(number):
+        line, column = divmod(index, columns)
+        for row, pictures in enumerate(kinds):
+            sheet.paste(
+                to_pil(pictures[index].clamp(-1, 1).unsqueeze(1))[0], (column * width, line * (len(kinds) * height + 8) + row * height)
+            )
+    return sheet
+
+
+def write_html(report: dict[str, Any], prompts: Sequence[str], names: Sequence[str], sheet: Image.Image) -> str:
+    buffer = io.BytesIO()
+    sheet.save(buffer, "PNG", optimize=True)
+    picture = base64.b64encode(buffer.getvalue()).decode("ascii")
+
+    def show(estimate: dict[str, float] | None) -> str:
+        return "-" if estimate is None else Estimate(**estimate).format(1, 100, " %")  # type: ignore[arg-type]
+
+    def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+        cells = "".join(f"<th>{html.escape(cell)}</th>" for cell in head)
+        body = "".join("<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in row) + "</tr>" for row in rows)
+        return f"<table><tr>{cells}</tr>{body}</table>"
+
+    preferences = report["preferences"]
+    alignment = report["alignment"]
+    taste = [[name, Estimate(**value).format(3)] for name, value in preferences["mean"].items()]
+    aligned = [[name, *(show(scores.get(key, {}).get("drawn")) for key in ALIGNMENT)] for name, scores in alignment.items()]
+    described = [
+        [name, *(show(scores.get(key)) for key in ("caption", "name", "style", "tone"))] for name, scores in report["image-to-text"].items()
+    ]
+    answered = [
+        [kind, str(scores["majority"]["count"]), *(show(scores[name]) for name in ("before", "majority", "after"))]
+        for kind, scores in report["instruction"].items()
+    ]
+    quality = [[name, show(value)] for name, value in report["quality tuning"].items()]
+    style = (
+        "body{font:16px sans-serif;max-width:80em;margin:2em auto}td,th{padding:.2em .8em;text-align:left}img{image-rendering:pixelated}"
+    )
+    return f"""<!doctype html><html lang="en"><meta charset="utf-8"><title>Post-training of the mini model</title><style>{style}</style>
+<h1>Post-training of the mini model</h1>
+<p>Shares with 95 % bootstrap intervals; prompts, pictures and questions that no stage has learnt.</p>
+<h2>Quality tuning</h2><p>Mean percentile rank of drawings among the scored pictures ({", ".join(SCORES)}).</p>
+{table(["model", "rank"], quality)}
+<h2>Preferences</h2><p>Drawings after DPO against those before it, judged by {html.escape(preferences["taste"])}:
+<b>{show(preferences["win rate"])}</b> are preferred.</p>{table(["model", preferences["taste"]], taste)}
+<p>Do they still show what was asked? The right picture among {report["settings"]["num_candidates"]} by LPIPS; style and tone by
+classifiers of real pictures.</p>{table(["model", *ALIGNMENT], aligned)}
+<p>From above: the real picture, then {html.escape(", then ".join(names))}.</p><img src="data:image/png;base64,{picture}" alt="drawings">
+<details><summary>Prompts</summary><ol>{"".join(f"<li>{html.escape(prompt)}</li>" for prompt in prompts[:60])}</ol></details>
+<h2>Image-to-text</h2><p>Exact descriptions of held-out pictures.</p>{table(["model", "caption", "name", "style", "tone"], described)}
+<h2>Instruction tuning</h2><p>Right answers about held-out pictures. Subjects are one of {html.escape(", ".join(KINDS.values()))}.</p>
+{table(["question", "number", "before", "majority", "after"], answered)}
+</html>
+"""
+
+
+if __name__ == "__main__":
+    tyro.cli(Report).run()
