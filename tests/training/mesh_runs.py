@@ -24,12 +24,16 @@ from openemu3.training.optimizer import OptimizerConfig
 from openemu3.training.stages import LanguageRun
 from openemu3.training.trainer import TrainerConfig
 
+# What the second rank gets in the first leg, before its fourth step.
+SIGNALS = {"stopped": signal.SIGTERM, "killed": signal.SIGKILL}
 # Run folder -> the legs of it: (steps to go to, mesh, precision).
 RUNS = {
     "alone": [(6, ParallelConfig())],
     "dp_then_tp": [(3, ParallelConfig(dp=2)), (6, ParallelConfig(tp=2))],
     "cp_then_alone": [(3, ParallelConfig(cp=2, activation_checkpointing="full")), (6, ParallelConfig())],
+    "dp": [(6, ParallelConfig(dp=2))],
     "stopped": [(6, ParallelConfig(dp=2)), (6, ParallelConfig(dp=2))],
+    "killed": [(6, ParallelConfig(dp=2)), (6, ParallelConfig(dp=2))],
     "wrong": [(6, ParallelConfig(dp=2, tp=2))],
     "mixed": [(2, ParallelConfig(dp=2))],
     "bf16": [(2, ParallelConfig(dp=2))],
@@ -55,24 +59,24 @@ def build_run(data: Path, folder: Path, num_steps: int, parallel: ParallelConfig
     return replace(run, parallel=replace(parallel, timeout_seconds=300.0))
 
 
-def train(data: Path, folder: Path, num_steps: int, parallel: ParallelConfig, stop_at: int | None) -> int:
+def train(data: Path, folder: Path, num_steps: int, parallel: ParallelConfig, number: signal.Signals | None) -> int:
     """What a rank does; its exit code."""
     run = build_run(data, folder, num_steps, parallel)
-    if stop_at is not None:
+    if number is not None:
         from openemu3.training.language_learner import LanguageLearner
 
         learn = LanguageLearner.learn
 
-        def learn_and_signal(self, step, batches):  # the second rank alone gets the signal
-            if step == stop_at and os.environ["RANK"] == "1":
-                os.kill(os.getpid(), signal.SIGTERM)
+        def learn_and_signal(self, step, batches):
+            if step == 3 and os.environ["RANK"] == "1":
+                os.kill(os.getpid(), number)
             return learn(self, step, batches)
 
         LanguageLearner.learn = learn_and_signal
     return 0 if run.run().is_complete else 3
 
 
-def start(data: Path, folder: Path, num_steps: int, parallel: ParallelConfig, stop_at: int | None, num_ranks: int) -> list[int]:
+def start(data: Path, folder: Path, num_steps: int, parallel: ParallelConfig, number: signal.Signals | None, num_ranks: int) -> list[int]:
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
@@ -85,7 +89,7 @@ def start(data: Path, folder: Path, num_steps: int, parallel: ParallelConfig, st
                 names = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": num_ranks, "MASTER_PORT": port}
                 os.environ.update({"MASTER_ADDR": "localhost", **{name: str(value) for name, value in names.items()}})
             try:
-                os._exit(train(data, folder, num_steps, parallel, stop_at))
+                os._exit(train(data, folder, num_steps, parallel, number))
             except BaseException as error:  # noqa: BLE001 - told by exit code and log
                 sys.stderr.write(f"rank {rank}: {type(error).__name__}: {error}\n")
                 os._exit(1)  # forked: what pytest's parent process would do at its end is not for this one
@@ -99,10 +103,10 @@ def main() -> None:
     told = {}
     for name in sys.argv[3:]:
         told[name] = []
-        for number, (num_steps, parallel) in enumerate(RUNS[name]):
-            stop_at = 2 if name == "stopped" and number == 0 else None
+        for leg, (num_steps, parallel) in enumerate(RUNS[name]):
+            number = None if leg else SIGNALS.get(name)
             num_ranks = 2 if name == "wrong" else parallel.num_ranks
-            told[name].append(start(data, output / name, num_steps, parallel, stop_at, num_ranks))
+            told[name].append(start(data, output / name, num_steps, parallel, number, num_ranks))
     json.dump(told, sys.stdout)
 
 

@@ -4,6 +4,7 @@ import itertools
 import json
 import os
 import pickle  # noqa: TID251 - to see that nobody uses it
+import resource
 import shutil
 import threading
 from pathlib import Path
@@ -128,16 +129,20 @@ def test_killed_at_any_moment_of_saving(tmp_path, monkeypatch):
     assert seen == {0, 1, 2, 3}
 
 
-def test_a_full_disk_leaves_nothing_half_written(tmp_path, monkeypatch):
-    save_checkpoint(tmp_path, 1, make_tensors(1), {})
-
-    def fail(descriptor):
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(os, "fsync", fail)  # where torch's writer finds out
-    with pytest.raises(InputError, match="step-00000002 cannot be written .*No space left"):
-        save_checkpoint(tmp_path, 2, make_tensors(2), {})
+@pytest.mark.parametrize("most", [0, 200, 20_000])
+def test_a_full_disk_leaves_nothing_half_written(tmp_path, most):
+    """The system refuses to write more than so many bytes into any file, as a full disk does."""
+    tensors = make_tensors(2) | {"large": torch.zeros(10_000)}
+    save_checkpoint(tmp_path, 1, tensors, {"step": 1})
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (most, hard))
+    try:
+        with pytest.raises(InputError, match="step-00000002 cannot be written .*File too large"):
+            save_checkpoint(tmp_path, 2, tensors, {"step": 2})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert [path.name for path in tmp_path.iterdir()] == ["step-00000001"]
+    assert load_checkpoint(tmp_path / "step-00000001")[1] == {"step": 1}
 
 
 @pytest.mark.parametrize("name", ["shard-00001-model-00001-of-00001.safetensors", "state.json"])

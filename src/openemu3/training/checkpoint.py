@@ -17,6 +17,7 @@ import os
 import shutil
 import warnings
 from concurrent.futures import Future, ThreadPoolExecutor
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,7 @@ from openemu3.records import InputError
 
 State = dict[str, Any]
 STATE_FILE = "state.json"
+SAVE_TIMEOUT = timedelta(minutes=30)  # how long ranks wait for the slowest one's disk
 
 
 # ---- saving
@@ -46,7 +48,7 @@ class CheckpointWriter:
 
     def __init__(self, folder: Path, keep: int = 2) -> None:
         self.folder, self.keep = folder, keep
-        self.group = dist.new_group(backend="gloo") if dist.is_initialized() else None
+        self.group = dist.new_group(backend="gloo", timeout=SAVE_TIMEOUT) if dist.is_initialized() else None
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
         self._pending: Future[Path] | None = None
 
