@@ -92,7 +92,7 @@ def test_everything_that_sqlite_does(url, serve):
         assert [candidate.key for candidate in first.candidates] == [key_of(0), key_of(2), key_of(3)]
         assert second.candidates[0].token_ids.tolist() == [110, 7, 9] and second.candidates[0].token_ids.dtype == np.uint32
     with open_store(url) as store:
-        assert len(store.read_votes()) == 2
+        assert len(list(store.read_votes())) == 2
     with pytest.raises(InputError, match="other tokenizers"):
         open_store(url, fingerprint="f" * 32)
 
@@ -122,14 +122,14 @@ def test_threads_lose_no_vote(url):
     assert not wrong
     with open_store(url) as store:
         assert len(list(store.read_ballots())) == 2
-        records = store.read_votes()
+        records = list(store.read_votes())
         assert len(records) == 4 * 14
         assert all(record.vote == Vote(int(record.candidate, 16) + 1, 5 - int(record.candidate, 16)) for record in records)
         voter = store.find_voter(tokens["voter 0"])
         undone = 0
         while store.undo(voter):
             undone += 1
-        assert undone == 8 and len(store.read_votes()) == 4 * 13
+        assert undone == 8 and len(list(store.read_votes())) == 4 * 13
 
 
 def run_all(threads):

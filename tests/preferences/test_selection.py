@@ -189,7 +189,7 @@ def test_votes_travel_between_databases(store, tmp_path):
     with open_store(tmp_path / "other.sqlite", create=True, fingerprint=FINGERPRINT) as other:
         fill(other)
         assert other.import_votes(read_vote_lines(tmp_path / "votes.jsonl")).added == 3
-        assert other.read_votes() == store.read_votes()
+        assert list(other.read_votes()) == list(store.read_votes())
 
 
 def test_media_for_rating_elsewhere(store, tmp_path):

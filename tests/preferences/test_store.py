@@ -174,7 +174,7 @@ def test_votes_for_nothing(store):
     for key in (key_of(99), "", "'; DROP TABLE votes; --", "\0", "é" * 1000):
         with pytest.raises(UnknownThing, match="is not in the database"):
             store.vote(voter, key, Vote(1, 1))
-    assert store.read_votes() == []
+    assert list(store.read_votes()) == []
 
 
 def test_a_removed_candidate_is_gone_from_everything_but_its_key(store):
@@ -260,7 +260,7 @@ def test_an_import_is_taken_whole_or_not_at_all(store):
     ]:
         with pytest.raises(error):
             store.import_votes([good, bad])
-        assert store.read_votes() == []
+        assert list(store.read_votes()) == []
 
 
 # ---- many at once
@@ -286,14 +286,14 @@ def test_threads_lose_no_vote(store):
     for thread in threads:
         thread.join()
     assert not wrong
-    records = store.read_votes()
+    records = list(store.read_votes())
     assert len(records) == 8 * 4 and len({(record.candidate, record.voter) for record in records}) == 32
     for voter in voters:
         mine = [record.vote for record in records if record.voter == voter.name]
         assert all(vote.is_complete and vote.alignment == 1 + voter.id % 5 for vote in mine)
         while store.undo(voter):
             pass
-    assert store.read_votes() == []  # and every change was written down
+    assert list(store.read_votes()) == []  # and every change was written down
 
 
 def test_processes_make_one_database(tmp_path):

@@ -39,7 +39,7 @@ def test_a_voter_rates_and_takes_back(store, port):
     assert ann.ask("POST", "/api/undo").json == {"undone": undone}
     assert ann.ask("POST", "/api/undo").json["undone"]["appeal"] is None
     assert ann.ask("POST", "/api/undo").json == {"undone": None}
-    assert store.read_votes() == []
+    assert list(store.read_votes()) == []
 
 
 def test_candidates_are_blind(store, port):
@@ -67,7 +67,7 @@ def test_without_a_token_there_is_nothing(store, port, path):
     ]:
         answer = client.ask(method, path, body, {"Authorization": header} if header else None)
         assert answer.status == 401 and "access token" in answer.json["error"] and answer.headers["WWW-Authenticate"] == "Bearer"
-    assert store.read_votes() == []
+    assert list(store.read_votes()) == []
 
 
 def test_nobody_votes_as_another(store, port):
@@ -100,7 +100,7 @@ def test_nobody_votes_as_another(store, port):
 def test_bad_votes_are_refused_in_words(store, port, body, words):
     answer = Client(port, store.invite("Ann")).ask("POST", "/api/votes", body)
     assert answer.status in (400, 422) and words in str(answer.json)
-    assert store.read_votes() == []
+    assert list(store.read_votes()) == []
 
 
 def test_candidates_that_are_not_there(store, port):

@@ -145,7 +145,7 @@ class ServePreferences:
             raise InputError(f"port is {self.port}; 0 to 65535 is allowed")
         with open_database(self.database) as store:
             app = build_app(store, self.voters_per_prompt)
-            config = uvicorn.Config(app, log_level="warning", access_log=False, server_header=False, timeout_keep_alive=30)
+            config = uvicorn.Config(app, log_level="warning", access_log=False, server_header=False, timeout_graceful_shutdown=5)
             listening = _listen(self.host, self.port)
             host = f"[{self.host}]" if ":" in self.host else self.host
             print(

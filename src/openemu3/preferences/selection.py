@@ -188,16 +188,13 @@ def compute_agreement(counts: NDArray[np.int64]) -> float | None:
 
 def export_votes(path: Path, store: Store) -> int:
     """Writes every vote as one line of JSON: candidate, prompt, kind, voter, appeal, alignment, at. Returns how many."""
-    prompts = {candidate.key: ballot.prompt for ballot in store.read_ballots() for candidate in ballot.candidates}
-    records = store.read_votes()
-    lines = [
-        {"candidate": record.candidate, "prompt": prompts[record.candidate].text, "kind": prompts[record.candidate].kind}
-        | {"voter": record.voter, **asdict(record.vote), "at": record.at}
-        for record in records
-        if record.candidate in prompts
-    ]
-    _write_lines(path, lines)
-    return len(lines)
+    return _write_lines(
+        path,
+        (
+            {"candidate": one.candidate, "prompt": one.prompt, "kind": one.kind, "voter": one.voter, **asdict(one.vote), "at": one.at}
+            for one in store.read_votes()
+        ),
+    )
 
 
 def export_media(folder: Path, store: Store) -> int:
@@ -206,15 +203,16 @@ def export_media(folder: Path, store: Store) -> int:
     For rating elsewhere: the names say nothing about how a candidate was made. Returns how many files.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    lines = []
-    for ballot in store.read_ballots():
-        for candidate in ballot.candidates:
-            media_type, media = store.read_media(candidate.key)
-            name = f"{candidate.key}.{media_type.partition('/')[2]}"
-            (folder / name).write_bytes(media)
-            lines.append({"candidate": candidate.key, "file": name, "prompt": ballot.prompt.text, "kind": ballot.prompt.kind})
-    _write_lines(folder / "candidates.jsonl", lines)
-    return len(lines)
+
+    def write_files() -> Iterator[Mapping[str, str]]:
+        for ballot in store.read_ballots():
+            for candidate in ballot.candidates:
+                media_type, media = store.read_media(candidate.key)
+                name = f"{candidate.key}.{media_type.partition('/')[2]}"
+                (folder / name).write_bytes(media)
+                yield {"candidate": candidate.key, "file": name, "prompt": ballot.prompt.text, "kind": ballot.prompt.kind}
+
+    return _write_lines(folder / "candidates.jsonl", write_files())
 
 
 def read_vote_lines(path: Path) -> Iterator[VoteRecord]:
@@ -264,14 +262,17 @@ def _count_values(table: NDArray[np.int64], low: int, high: int) -> NDArray[np.i
     return np.stack([(table == value).sum(axis=0) for value in range(low, high + 1)], axis=1)
 
 
-def _write_lines(path: Path, lines: Iterable[Mapping[str, Any]]) -> None:
-    """One JSON object on each line; whole or not at all."""
+def _write_lines(path: Path, lines: Iterable[Mapping[str, Any]]) -> int:
+    """One JSON object on each line; whole or not at all. Returns how many."""
+    count = 0
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
         with partial.open("w", encoding="utf-8") as file:
             for line in lines:
                 file.write(json.dumps(line, ensure_ascii=False) + "\n")
+                count += 1
         partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)
+    return count

@@ -158,12 +158,17 @@ class Ballot:
 
 @dataclass(frozen=True)
 class VoteRecord:
-    """A vote by names that mean the same in every database."""
+    """A vote by names that mean the same in every database.
+
+    at: when, ISO 8601, UTC. prompt, kind: for people who read it; importing needs none.
+    """
 
     candidate: str
     voter: str
     vote: Vote
-    at: str  # ISO 8601, UTC
+    at: str
+    prompt: str = ""
+    kind: str = ""
 
 
 @dataclass(frozen=True)
@@ -494,17 +499,19 @@ class Store:
                     votes[row.name][row.key] = Vote(row.appeal, row.alignment)
             yield Ballot(prompt, candidates, dict(votes))
 
-    def read_votes(self) -> list[VoteRecord]:
-        """Every vote for a candidate that is not removed, by candidate and voter."""
+    def read_votes(self) -> Iterator[VoteRecord]:
+        """Every vote for a candidate that is not removed, by candidate and voter; a bounded number of them in memory."""
         query = (
-            sa.select(_CANDIDATES.c.key, _VOTERS.c.name, _VOTES.c.appeal, _VOTES.c.alignment, _VOTES.c.at)
+            sa.select(_CANDIDATES.c.key, _VOTERS.c.name, _VOTES.c.appeal, _VOTES.c.alignment, _VOTES.c.at, _PROMPTS.c.text, _PROMPTS.c.kind)
             .join_from(_VOTES, _VOTERS)
             .join(_CANDIDATES)
+            .join(_PROMPTS)
             .where(_LIVE)
             .order_by(_CANDIDATES.c.id, _VOTERS.c.name)
         )
         with self._read() as connection:
-            return [VoteRecord(row.key, row.name, Vote(row.appeal, row.alignment), row.at) for row in connection.execute(query)]
+            for row in connection.execution_options(yield_per=1000).execute(query):
+                yield VoteRecord(row.key, row.name, Vote(row.appeal, row.alignment), row.at, row.text, row.kind)
 
     def import_votes(self, records: Iterable[VoteRecord], replace: bool = False) -> ImportCounts:
         """Takes votes from elsewhere, all or none; voters who are not there are added without an access token.
