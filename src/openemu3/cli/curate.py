@@ -310,6 +310,46 @@ class CurateCaptions:
         return DescribingModel(describe, name)
 
 
+@dataclass(frozen=True)
+class CurateRepresentatives:
+    """Choose pictures to learn understanding from, as DenseFusion does: by category (charts, tables, ...), a few of each cluster.
+
+    For a run of `emu3 curate images --embed`. They are chosen from all pictures that can be read and are large enough, and written apart.
+    """
+
+    run_folder: Positional[Path]
+    """Run folder; the samples go into its folder understanding/."""
+    pictures_per_cluster: int = 50
+    """Pictures that make one cluster, on average."""
+    per_cluster: int = 5
+    """Representatives of each cluster."""
+    seed: int = 0
+    """The same seed gives the same pictures."""
+    source_name: str = "understanding"
+    """What the samples say about where they are from."""
+    json: Json = False
+
+    def run(self) -> None:
+        from openemu3.curation.categories import CATEGORIES, CategoryConfig, assign_categories, choose_representatives
+        from openemu3.curation.clip_scores import Clip
+        from openemu3.curation.pipeline import Run, SampleConfig, read_features, write_representatives
+        from openemu3.data.samples import write_samples
+
+        run = Run.load(self.run_folder)
+        rows, features = read_features(run)
+        clip = Clip.load(run.config.score.aesthetic_clip or "")
+        prompts = {name: clip.embed_texts(texts).numpy() for name, texts in CATEGORIES.items()}
+        categories = assign_categories(features, prompts)
+        config = CategoryConfig(self.pictures_per_cluster, per_cluster=self.per_cluster, seed=self.seed)
+        chosen = choose_representatives(rows, features, categories, config)
+        files = write_representatives(run, chosen, SampleConfig(source=self.source_name), write_samples)
+        counts = {name: sum(one.category == name for one in chosen) for name in CATEGORIES}
+        lines = [f"{len(chosen)} of {len(rows)} pictures", *(f"  {count:>8}  {name}" for name, count in counts.items()), *map(str, files)]
+        print_answer(
+            self.json, "\n".join(lines), {"chosen": len(chosen), "of": len(rows), "counts": counts, "files": list(map(str, files))}
+        )
+
+
 def write_captioned(
     source: Path,
     target: Path,
@@ -449,6 +489,7 @@ class Curate:
         Annotated[CurateImages, subcommand("images")]
         | Annotated[CurateVideos, subcommand("videos")]
         | Annotated[CurateCaptions, subcommand("captions")]
+        | Annotated[CurateRepresentatives, subcommand("representatives")]
         | Annotated[CurateReport, subcommand("report")]
     )
 

@@ -6,7 +6,7 @@ In: sources and configurations. Out, each step from the files of the one before 
     manifest/part-NNNNN.parquet   items (sources.MANIFEST_SCHEMA), then complete.json
     scores/part-NNNNN.parquet     one row for each picture or clip of that part of the manifest (SCORES_SCHEMA)
     decisions.parquet             one row for each of those, in their order: refused by which step and why, or kept
-    samples/                      written by the caller from `iterate_samples`
+    samples/, understanding/      samples-NNNNN.parquet of what is kept, and of representatives for understanding
 
 The surprising thing: a run needs no notes about how far it came. A part that is there is done, whatever happened to the process that
 wrote it; so `kill -9` costs the parts that were being worked on, and the next run does exactly these.
@@ -18,7 +18,7 @@ import hashlib
 import json
 import shutil
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -29,6 +29,7 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from openemu3.curation import filters
+from openemu3.curation.categories import Representative
 from openemu3.curation.engine import Runner, start_engine
 from openemu3.curation.filters import ImageThresholds, Thresholds, VideoThresholds
 from openemu3.curation.sources import MANIFEST_SCHEMA, Item, SourceConfig, list_items, read_item
@@ -431,25 +432,71 @@ def write_samples(run: Run, config: SampleConfig, write: WriteSamples, progress:
 
     Files that an earlier, interrupted run with the same decisions wrote are left alone; those of other decisions are removed first.
     """
-    folder, mark = run.folder / "samples", run.folder / "samples" / "decisions.json"
-    decisions = run.folder / "decisions.parquet"
-    wanted = {"decisions": _digest_decisions(decisions), **asdict(config)}
+    table, _ = read_decisions(run)
+    kept = np.flatnonzero(np.array([not step for step in table.column("step").to_pylist()], bool))
+    wanted = {"decisions": _digest_decisions(run.folder / "decisions.parquet"), **asdict(config)}
+    return _write_files(run, "samples", wanted, kept, {}, config, write, progress)
+
+
+def write_representatives(
+    run: Run, chosen: Sequence[Representative], config: SampleConfig, write: WriteSamples, progress: Progress | None = None
+) -> list[Path]:
+    """Writes chosen pictures to understanding/samples-NNNNN.parquet; their attributes name the category and the cluster."""
+    more = {one.row: {"category": one.category, "cluster": str(one.cluster)} for one in chosen}
+    rows = np.array(sorted(more), np.int64)
+    wanted = {"chosen": hashlib.sha256(json.dumps(sorted(more.items())).encode()).hexdigest(), **asdict(config)}
+    return _write_files(run, "understanding", wanted, rows, more, config, write, progress)
+
+
+def read_features(run: Run) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
+    """Rows [B] that have CLIP features, could be read, are large enough and are no duplicates; and their features [B, D].
+
+    Raises InputError if there are none. Held: the features, 3 kB for a picture of CLIP ViT-L/14.
+    """
+    table, _ = read_decisions(run)
+    out = {"decode", "resolution", filters.DUPLICATES}
+    usable = np.array([step not in out for step in table.column("step").to_pylist()], bool)
+    rows: list[NDArray[np.int64]] = []
+    features: list[NDArray[np.float32]] = []
+    offset = 0
+    for part in read_parts(run, ["embedding"]):
+        column = part.column("embedding").combine_chunks()
+        there = np.flatnonzero(column.is_valid().to_numpy(zero_copy_only=False) & usable[offset : offset + len(column)])
+        rows.append(there + offset)
+        if len(there):
+            features.append(np.stack([np.asarray(column[int(index)].values, np.float32) for index in there]))
+        offset += len(column)
+    if not features:
+        raise InputError(f"no picture in {str(run.folder)!r} has CLIP's features; score with embed, which needs the aesthetic predictor")
+    return np.concatenate(rows), np.concatenate(features)
+
+
+def _write_files(
+    run: Run,
+    name: str,
+    wanted: dict[str, Any],
+    rows: NDArray[np.int64],
+    more: Mapping[int, Mapping[str, str]],
+    config: SampleConfig,
+    write: WriteSamples,
+    progress: Progress | None,
+) -> list[Path]:
+    """`wanted` tells these files from those of other choices, which are removed before the first is written."""
+    folder, mark = run.folder / name, run.folder / name / "choice.json"
     stored = json.loads(mark.read_text(encoding="utf-8")) if mark.exists() else None
     if stored != wanted:
         if folder.exists():
             shutil.rmtree(folder)
         with write_aside(mark) as partial:
             partial.write_text(json.dumps(wanted, sort_keys=True), encoding="utf-8")
-    table, _ = read_decisions(run)
-    kept = np.flatnonzero(np.array([not step for step in table.column("step").to_pylist()], bool))
     files, offsets = [], find_offsets(run)
-    for number, first in enumerate(range(0, len(kept), config.per_file)):
+    for number, first in enumerate(range(0, len(rows), config.per_file)):
         path = folder / f"samples-{number:05}.parquet"
         files.append(path)
         if not path.exists():
-            write(path, iterate_samples(run, config, kept[first : first + config.per_file], offsets))
+            write(path, iterate_samples(run, config, rows[first : first + config.per_file], offsets, more))
         if progress is not None:
-            progress(min(first + config.per_file, len(kept)), len(kept), "writing samples")
+            progress(min(first + config.per_file, len(rows)), len(rows), "writing samples")
     return files
 
 
@@ -462,10 +509,13 @@ def _digest_decisions(path: Path) -> str:
     return digest.hexdigest()
 
 
-def iterate_samples(run: Run, config: SampleConfig, kept: NDArray[np.int64], offsets: NDArray[np.int64]) -> Iterator[Sample]:
+def iterate_samples(
+    run: Run, config: SampleConfig, kept: NDArray[np.int64], offsets: NDArray[np.int64], more: Mapping[int, Mapping[str, str]] | None = None
+) -> Iterator[Sample]:
     """The samples of rows of the scores, given by their ascending numbers. A file that changed since it was scored is left out.
 
     offsets  [parts + 1]: number of the first row of each part, as `find_offsets` makes it.
+    more     row -> further attributes of its sample.
     """
     columns = [name for name in SCORES_SCHEMA.names if name not in ("thumbnail", "embedding")]
     cut = None
@@ -477,9 +527,9 @@ def iterate_samples(run: Run, config: SampleConfig, kept: NDArray[np.int64], off
         part_of = np.searchsorted(offsets, kept, side="right") - 1
         for number in np.unique(part_of):
             table = pq.read_table(run.scores_part(int(number)), columns=columns)
-            for row_number in kept[part_of == number] - offsets[number]:
-                row = table.slice(int(row_number), 1).to_pylist(maps_as_pydicts="strict")[0]
-                sample = _make_sample(run, config, row, cut)
+            for row_number in kept[part_of == number].tolist():
+                row = table.slice(row_number - int(offsets[number]), 1).to_pylist(maps_as_pydicts="strict")[0]
+                sample = _make_sample(run, config, row, cut, (more or {}).get(row_number, {}))
                 if sample is not None:
                     yield sample
     finally:
@@ -492,7 +542,7 @@ def find_offsets(run: Run) -> NDArray[np.int64]:
     return np.cumsum([0, *(pq.read_metadata(run.scores_part(number)).num_rows for number in range(run.num_parts))])
 
 
-def _make_sample(run: Run, config: SampleConfig, row: dict[str, Any], cut: ClipCutter | None) -> Sample | None:
+def _make_sample(run: Run, config: SampleConfig, row: dict[str, Any], cut: ClipCutter | None, more: Mapping[str, str]) -> Sample | None:
     item = Item(**{f.name: row[f.name] for f in fields(Item)})
     try:
         media = read_item(item, run.config.score.max_bytes)
@@ -502,7 +552,7 @@ def _make_sample(run: Run, config: SampleConfig, row: dict[str, Any], cut: ClipC
             media = cut(media, row["start_frame"], row["end_frame"], row["start"], row["start"] + row["seconds"])
     except InputError:
         return None
-    attributes, identity = {"source": config.source, "width": str(row["width"]), "height": str(row["height"])}, item.id
+    attributes, identity = {"source": config.source, "width": str(row["width"]), "height": str(row["height"]), **more}, item.id
     if row["fps"] is not None:
         identity = f"{item.id}@{row['start_frame']}-{row['end_frame']}"
         attributes |= {"fps": repr(row["fps"]), "start": repr(row["start"]), "seconds": repr(row["seconds"])}
