@@ -302,7 +302,8 @@ def test_the_report_is_what_comes(store):
     assert sum(batch.num_tokens for batch in batches) == report.num_tokens == store.lengths.sum()
     assert report.num_documents == len(store) and report.fill_rate > 0.98
     assert report.num_long == ((store.num_vision == 0) & (store.lengths > 96)).sum()
-    assert not report.refused
+    assert not report.refused and sum(report.shares.values()) == pytest.approx(1.0)
+    assert report.shares["words/text"] == pytest.approx(store.lengths[store.num_vision == 0].sum() / store.lengths.sum())
 
 
 @pytest.mark.parametrize(
@@ -312,6 +313,7 @@ def test_the_report_is_what_comes(store):
         ({"context_length": 1}, "context_length is 1; it must be at least 2"),
         ({"rows_per_batch": 0}, "rows_per_batch is 0"),
         ({"prefetch": -1}, "prefetch is -1"),
+        ({"seed": -1}, "seed is -1; it must be at least 0"),
         ({"rows_per_batch": 6, "rows_per_micro_batch": 4}, "rows_per_batch is 6; it must be a multiple of rows_per_micro_batch, 4"),
         (
             {"rows_per_batch": 6, "dp": 2, "rows_per_micro_batch": 2},

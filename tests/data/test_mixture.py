@@ -5,7 +5,7 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from openemu3.data.mixture import MixtureConfig, compute_rates, draw_epoch
+from openemu3.data.mixture import MixtureConfig, compute_rates, compute_shares, draw_epoch
 from openemu3.data.shards import DocumentStore
 from openemu3.records import InputError
 
@@ -40,6 +40,9 @@ def test_shares_are_parts_of_the_tokens(store):
     assert tokens[("pictures", "film")] == 0
     for name, share in ((("pictures", "draw"), 3), (("pictures", "describe"), 1), (("words", "text"), 4)):
         assert tokens[name] == pytest.approx(total * share / 8)
+    found = compute_shares(rates, store)
+    assert list(found) == ["words/text", "pictures/draw", "pictures/describe"]
+    assert list(found.values()) == pytest.approx([4 / 8, 3 / 8, 1 / 8])
 
 
 @pytest.mark.parametrize(

@@ -130,10 +130,11 @@ def test_tokens_are_counted_in_full_and_in_empty_rows():
 
 
 def test_a_report_in_words():
-    report = PackingReport(100, 10, 30, 985, 1, 2, 7, {"that hold vision": (6, ("a", "b"))})
+    report = PackingReport(100, 10, 30, 985, 1, 2, 7, {"a/draw": 0.75, "text": 0.25}, {"that hold vision": (6, ("a", "b"))})
     assert report.describe().splitlines() == [
         "30 documents in 10 rows of 100 tokens: 98.50% full",
         "texts cut: 1 longer than a row and 2 to fill gaps, into 7 pieces",
+        "tokens: 75.0% a/draw, 25.0% text",
         "left out: 6 that hold vision (samples a, b, ...)",
     ]
     assert Packing(10).fill_rate == 1.0

@@ -99,7 +99,8 @@ def write_corpus(
     made_of = {
         "version": VERSION,
         "fingerprint": fingerprint,
-        "encode": json.loads(json.dumps(asdict(config))),
+        # Without the size of batches: whom a GPU runs out of memory may go on with smaller ones, at the price of other roundings.
+        "encode": {name: value for name, value in json.loads(json.dumps(asdict(config))).items() if name != "batch_tokens"},
         "samples_per_shard": samples_per_shard,
         "settings": settings or {},
         "inputs": [_identify(one) for one in inputs],

@@ -23,7 +23,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from openemu3.data.mixture import MixtureConfig, compute_rates, draw_epoch
+from openemu3.data.mixture import MixtureConfig, compute_rates, compute_shares, draw_epoch
 from openemu3.data.packing import Packing, PackingReport, Row, TokenBatch, Tokens, build_rows, pack
 from openemu3.data.shards import DocumentStore, spread_evenly
 from openemu3.records import InputError
@@ -49,13 +49,8 @@ class LoaderConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name, least in (
-            ("context_length", 2),
-            ("rows_per_batch", 1),
-            ("rows_per_micro_batch", 1),
-            ("window_documents", 1),
-            ("prefetch", 0),
-        ):
+        at_least = {"context_length": 2, "rows_per_batch": 1, "rows_per_micro_batch": 1, "window_documents": 1, "prefetch": 0, "seed": 0}
+        for name, least in at_least.items():
             if getattr(self, name) < least:
                 raise InputError(f"{name} is {getattr(self, name)}; it must be at least {least}")
         if not 0 <= self.null_prompt_share <= 1:
@@ -235,26 +230,25 @@ class TokenLoader:
     def report(self) -> PackingReport:
         """How the first window of the first epoch packs, and which documents are left out."""
         window = self.pack_window(0, 0)
+        packing = window.packing
         reason = f"of more than {self.config.context_length:,} tokens that hold vision, which is not cut"
-        return build_report(window.packing, len(window.documents), self.store, {reason: np.flatnonzero(self.refused)})
+        left_out = np.flatnonzero(self.refused)
+        return PackingReport(
+            context_length=packing.context_length,
+            num_rows=len(packing.rows),
+            num_documents=len(window.documents),
+            num_tokens=packing.num_tokens,
+            num_long=packing.num_long,
+            num_cut=packing.num_cut,
+            num_pieces=packing.num_pieces,
+            shares=compute_shares(self._rates, self.store),
+            refused={reason: (len(left_out), _name_some(self.store, left_out))} if len(left_out) else {},
+        )
 
 
 def find_refused(store: DocumentStore, context_length: int) -> NDArray[np.bool_]:
     """Which documents no row can hold."""
     return (store.num_vision > 0) & (store.lengths > context_length)
-
-
-def build_report(packing: Packing, num_documents: int, store: DocumentStore, refused: dict[str, NDArray[np.int64]]) -> PackingReport:
-    return PackingReport(
-        packing.context_length,
-        len(packing.rows),
-        num_documents,
-        packing.num_tokens,
-        packing.num_long,
-        packing.num_cut,
-        packing.num_pieces,
-        {reason: (len(indices), _name_some(store, indices)) for reason, indices in refused.items() if len(indices)},
-    )
 
 
 def _name_some(store: DocumentStore, documents: NDArray[np.int64]) -> tuple[str, ...]:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
+from itertools import product
 
 import numpy as np
 from numpy.typing import NDArray
@@ -75,6 +76,18 @@ def _find(key: str, store: DocumentStore) -> NDArray[np.bool_]:
         names = sorted({*store.sources, *filter(None, store.datasets)})
         raise InputError(f"mixture names {key!r}, which no document is of; the documents are of {names}")
     return found
+
+
+def compute_shares(rates: NDArray[np.float64], store: DocumentStore) -> dict[str, float]:
+    """Which part of an epoch's tokens each source of each data set has, "data set/source" -> share, the largest first."""
+    tokens = rates * store.lengths
+    keys = store.dataset_of.astype(np.int64) * len(store.sources) + store.source_of
+    sums = np.bincount(keys, weights=tokens) / tokens.sum()
+    names = {
+        "/".join(filter(None, (dataset, source))): index for index, (dataset, source) in enumerate(product(store.datasets, store.sources))
+    }
+    shares = {name: float(sums[index]) for name, index in names.items() if index < len(sums) and sums[index]}
+    return dict(sorted(shares.items(), key=lambda item: -item[1]))
 
 
 def draw_epoch(rates: NDArray[np.float64], random: np.random.Generator) -> NDArray[np.int64]:

@@ -220,7 +220,7 @@ def build_rows(rows: Sequence[Sequence[Tokens]], context_length: int, pad_id: in
 class PackingReport:
     """How well documents pack, and which of them no row can hold.
 
-    refused: reason -> (how many, the samples of the first few).
+    shares: "data set/source" -> its part of an epoch's tokens. refused: reason -> (how many, the samples of the first few).
     """
 
     context_length: int
@@ -230,6 +230,7 @@ class PackingReport:
     num_long: int
     num_cut: int
     num_pieces: int
+    shares: dict[str, float]
     refused: dict[str, tuple[int, tuple[str, ...]]]
 
     @property
@@ -241,6 +242,7 @@ class PackingReport:
             f"{self.num_documents:,} documents in {self.num_rows:,} rows of {self.context_length:,} tokens: {self.fill_rate:.2%} full",
             f"texts cut: {self.num_long:,} longer than a row and {self.num_cut:,} to fill gaps, into {self.num_pieces:,} pieces",
         ]
+        lines.append("tokens: " + ", ".join(f"{share:.1%} {name}" for name, share in self.shares.items()))
         for reason, (count, examples) in self.refused.items():
             more = ", ..." if count > len(examples) else ""
             lines.append(f"left out: {count:,} {reason} (samples {', '.join(examples)}{more})")

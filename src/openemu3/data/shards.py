@@ -227,18 +227,6 @@ class DocumentStore:
     def read_sample_id(self, index: int) -> str:
         return str(self._view(int(self._batch_of[index])).sample_ids[int(self._row_of[index])])
 
-    def count_roles(self) -> dict[Role, int]:
-        """Tokens of each role in all documents."""
-        counts = np.zeros(len(Role), np.int64)
-        for batch in np.unique(self._batch_of).tolist():
-            view, rows = self._view(batch), self._row_of[self._batch_of == batch]
-            offsets = view.role_values.offsets
-            wanted = np.zeros(len(offsets) - 1, np.bool_)
-            wanted[rows] = True
-            kept = np.repeat(wanted, np.diff(offsets))
-            np.add.at(counts, view.role_values.values[kept], view.role_lengths.values[kept])
-        return {role: int(counts[role]) for role in Role}
-
     def _open_view(self, batch: int) -> _View:
         reader, number = self._batches[batch]
         table = self._readers[reader].get_batch(number)

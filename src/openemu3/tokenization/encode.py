@@ -27,7 +27,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from openemu3.media import fit_size, preprocess_image, probe_video, read_image, read_video, resize, stream_video
-from openemu3.records import Document, Image, InputError, Sample, Text, Video
+from openemu3.records import MAX_FPS, Document, Image, InputError, Sample, Text, Video
 from openemu3.tokenization.sequence import Encoded, Grid, SequenceFormat
 from openemu3.tokenization.vision import VisionTokenizer
 
@@ -61,6 +61,8 @@ class EncodeConfig:
         for name in ("generation_share", "understanding_share"):
             if not 0 <= getattr(self, name) <= 1:
                 raise InputError(f"{name} is {getattr(self, name)}; it must be between 0 and 1")
+        if self.fps is not None and not 0 < self.fps <= MAX_FPS:
+            raise InputError(f"fps is {self.fps}; it must be more than 0 and at most {MAX_FPS}")
         if not self.languages:
             raise InputError("languages is empty; name at least one, such as 'en'")
 
