@@ -1,6 +1,7 @@
 """Plans against what they plan: shapes of the real model, real shards on two ranks, torch's counters of FLOPs and memory, and by hand."""
 
 import json
+import re
 import subprocess
 import sys
 from dataclasses import replace
@@ -33,6 +34,7 @@ from openemu3.planning import (
     fits,
     list_meshes,
     list_weights,
+    make_lean,
 )
 from openemu3.presets import EMU3_8B, MINI_TRANSFORMER
 from openemu3.records import InputError
@@ -339,6 +341,14 @@ def test_large_changes_are_offered_where_small_ones_do_not_help():
     assert "nothing tried" in build_plan(plan_8b(gpu_memory=0.5)).alternatives[0]
 
 
+def test_rows_are_computed_at_once_where_that_is_leaner():
+    """Two micro-batches on eight ranks would keep all gradients whole (31.6 GiB); two rows at once keep two of everything else."""
+    assert make_lean(plan_8b(dp=8, micro_batches=2)).micro_batch == 2
+    assert make_lean(plan_8b(dp=8, micro_batch=64)).micro_batch == 1
+    alternatives = build_plan(plan_8b(dp=8, micro_batch=2, gpu_memory=24.0)).alternatives
+    assert alternatives[0].startswith("full checkpointing with 2 rows at a time and")
+
+
 def test_every_mesh_offered_is_one_that_works():
     meshes = [mesh.parallel for mesh in list_meshes(plan_8b(context=5120), 16)]
     assert ParallelConfig(2, 1, 8) in meshes and ParallelConfig(1, 1, 16) not in meshes
@@ -406,6 +416,28 @@ def test_the_command_says_what_does_not_fit(capsys):
     answer = json.loads(text)
     assert code == 2 and answer["fits"] is False and answer["alternatives"]
     assert errors.startswith("emu3: this does not fit: one GPU would need ") and answer["alternatives"][0] in errors
+
+
+PAGE = (Path(__file__).parents[1] / "docs" / "planning.md").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("line", re.findall(r"^    emu3 (plan .*?)(?: *#.*)?$", PAGE, re.MULTILINE))
+def test_commands_of_the_page(capsys, line):
+    assert cli.main(line.split()) == 0
+    assert capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("flags", "peak", "received"), re.findall(r"^\|.*\| `(--.*?)` \| ([\d.]+) \| (\d+) \|$", PAGE, re.MULTILINE))
+def test_examples_of_the_page(capsys, flags, peak, received):
+    code, text, _ = run(capsys, *flags.split(), "--json")
+    answer = json.loads(text)
+    assert code == 0 and answer["fits"]
+    assert f"{answer['memory']['peak'] / GIB:.1f}" == peak
+    assert f"{sum(answer['communication'].values()) / 1e9:.0f}" == received
+
+
+def test_the_page_has_examples():
+    assert PAGE.count("| `--gpus") == 7 and PAGE.count("    emu3 plan") == 4
 
 
 @pytest.mark.parametrize(

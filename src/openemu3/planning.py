@@ -605,17 +605,15 @@ def list_small_changes(config: PlanConfig) -> Iterator[tuple[str, PlanConfig]]:
     for mode in modes[modes.index(config.checkpointing) + 1 :]:
         yield f"{mode} checkpointing", replace(config, parallel=replace(config.parallel, activation_checkpointing=mode))
     if config.micro_batch > 1:
-        lean = make_lean(config)
-        yield (
-            f"{lean.micro_batches} micro-batches of 1 row",
-            replace(lean, parallel=replace(lean.parallel, activation_checkpointing=config.checkpointing)),
-        )
+        by_row = replace(config, micro_batch=1, micro_batches=config.micro_batches * config.micro_batch)
+        yield f"{by_row.micro_batches} micro-batches of 1 row", by_row
 
 
 def list_large_changes(config: PlanConfig) -> Iterator[tuple[str, PlanConfig]]:
     """(words, changed configuration): all that saves memory at once, and then another mesh, bf16 states, more GPUs, or LoRA."""
     lean = make_lean(config)
-    words = "full checkpointing with 1 row at a time"
+    rows = f"{lean.micro_batch} row{'s' if lean.micro_batch > 1 else ''} at a time"
+    words = f"full checkpointing with {rows}"
     yield words, lean
     other_mesh = next((mesh for mesh in list_meshes(lean, config.num_gpus) if fits(mesh)), None)
     if other_mesh is not None:
@@ -635,9 +633,11 @@ def list_large_changes(config: PlanConfig) -> Iterator[tuple[str, PlanConfig]]:
 
 
 def make_lean(config: PlanConfig) -> PlanConfig:
-    """The same update in the least memory that this mesh allows."""
+    """The same update in the least memory on this mesh: one row at a time or, where that costs more for gradients, all rows at once."""
     parallel = replace(config.parallel, activation_checkpointing="full", replicate=1)
-    return replace(config, parallel=parallel, micro_batch=1, micro_batches=config.micro_batches * config.micro_batch)
+    num_rows = config.micro_batches * config.micro_batch
+    ways = [replace(config, parallel=parallel, micro_batch=size, micro_batches=num_rows // size) for size in (1, num_rows)]
+    return min(ways, key=lambda plan: count_memory(plan).peak)
 
 
 def list_meshes(config: PlanConfig, num_gpus: int) -> list[PlanConfig]:
