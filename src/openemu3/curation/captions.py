@@ -177,6 +177,7 @@ class Captioner:
         """
         waiting: deque[Future[Caption]] = deque()
         pool = ThreadPoolExecutor(self.config.concurrency, thread_name_prefix="caption")
+        wait_for_outstanding = True
         try:
             for item in items:
                 waiting.append(pool.submit(self.describe, item))
@@ -184,8 +185,11 @@ class Captioner:
                     yield waiting.popleft().result()
             while waiting:
                 yield waiting.popleft().result()
+        except KeyboardInterrupt:
+            wait_for_outstanding = False  # closing the endpoint gives them up
+            raise
         finally:
-            pool.shutdown(wait=True, cancel_futures=True)
+            pool.shutdown(wait=wait_for_outstanding, cancel_futures=True)
 
     def describe(self, item: CaptionItem) -> Caption:
         """The caption of one item. Raises EndpointError."""

@@ -155,14 +155,16 @@ def test_captions_come_in_the_order_of_items(serve, chat):
 
 
 def test_as_many_questions_at_a_time_as_asked_for(serve, chat):
+    """The server answers only when four questions are there, and would see it if there were a fifth."""
+    meeting = threading.Barrier(4, timeout=30)
+
     def reply(request, number):
-        time.sleep(0.1)
+        meeting.wait()
         return chat.completion()
 
     server = serve(reply)
-    began = time.monotonic()
-    run(server, pictures(12), config=CaptionConfig(concurrency=4))
-    assert server.most_outstanding == 4 and time.monotonic() - began < 0.9  # one after the other would take 1.2
+    captions, _ = run(server, pictures(12), config=CaptionConfig(concurrency=4), timeout=60.0)
+    assert all(caption.text for caption in captions) and server.most_outstanding == 4
 
 
 def test_items_are_not_drawn_far_ahead(serve):
@@ -185,10 +187,10 @@ def test_items_are_not_drawn_far_ahead(serve):
 
 def test_it_stalls(serve, chat):
     """The first answer never comes; the second try is answered."""
-    server = serve(lambda request, number: (lambda handler: server.closing.wait(20)) if number == 0 else chat.completion())
+    server = serve(lambda request, number: (lambda handler: server.closing.wait(60)) if number == 0 else chat.completion())
     began = time.monotonic()
     (caption,), usage = run(server, pictures(1), timeout=0.4)
-    assert caption.text == chat.GOOD and usage.retries == 1 and time.monotonic() - began < 5
+    assert caption.text == chat.GOOD and usage.retries == 1 and time.monotonic() - began < 30
 
 
 def test_it_drips(serve):
@@ -204,7 +206,7 @@ def test_it_drips(serve):
     began = time.monotonic()
     (caption,), _ = run(server, pictures(1), timeout=0.4, max_attempts=2)
     assert caption.reason == "unanswered: 2 tries failed, the last one with: no answer within 0.4 s"
-    assert time.monotonic() - began < 5
+    assert time.monotonic() - began < 30
 
 
 def hang_up(handler):
@@ -274,18 +276,20 @@ def test_an_endpoint_that_asks_for_an_hour_is_not_waited_for(serve):
 
 
 def test_waits_grow_and_end(serve):
+    """0.02 s, 0.04 s and no longer, less up to half; growing on, the waits would add up to 1.27 s at the least."""
     server = serve(lambda request, number: (500, {}, {}))
-    run(server, pictures(1), first_wait=0.1, max_wait=0.2, max_attempts=5)
-    gaps = [b.at - a.at for a, b in zip(server.requests, server.requests[1:], strict=False)]
-    for gap, longest in zip(gaps, (0.1, 0.2, 0.2, 0.2), strict=True):
-        assert longest / 2 <= gap < longest + 0.3
+    run(server, pictures(1), first_wait=0.02, max_wait=0.04, max_attempts=8)
+    times = [request.at for request in server.requests]
+    assert times[1] - times[0] >= 0.01 and all(b - a >= 0.02 for a, b in zip(times[1:], times[2:], strict=False))
+    assert times[-1] - times[0] < 1.2
 
 
 def test_requests_per_minute(serve):
+    """Half a second apart; a busy machine may take the first in late, but not by that much."""
     server = serve()
-    run(server, pictures(5), requests_per_minute=600)
+    run(server, pictures(3), requests_per_minute=120)
     times = sorted(request.at for request in server.requests)
-    assert times[-1] - times[0] >= 0.37 and all(b - a > 0.06 for a, b in zip(times, times[1:], strict=False))
+    assert times[2] - times[0] >= 0.75
 
 
 @pytest.mark.parametrize(
@@ -526,6 +530,29 @@ def test_killed_runs_ask_nothing_twice(serve, chat, tmp_path):
     asked = Counter(request.levels[0] for request in server.requests)
     assert set(asked) == set(range(0, 240, 10))
     assert sum(asked.values()) <= 24 + kills * concurrency
+
+
+@pytest.mark.slow
+def test_ctrl_c_does_not_wait_for_a_server_that_stalls(serve):
+    server = serve(lambda request, number: lambda handler: server.closing.wait(300))
+    code = f"""
+        import io
+        from PIL import Image
+        from openemu3.curation.captions import AnswerCache, Captioner, CaptionItem
+        from openemu3.curation.endpoint import Endpoint, EndpointConfig
+
+        buffer = io.BytesIO()
+        Image.new("L", (32, 32)).save(buffer, "PNG")
+        with Endpoint(EndpointConfig({server.url!r}, "m", timeout=200)) as endpoint, AnswerCache() as cache:
+            list(Captioner(endpoint, cache).caption([CaptionItem("a", "image", buffer.getvalue())]))
+    """
+    process = subprocess.Popen([sys.executable, "-c", textwrap.dedent(code)], stderr=subprocess.PIPE, text=True)
+    while not server.requests:
+        time.sleep(0.05)
+        assert process.poll() is None
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode != 0 and errors.strip().endswith("KeyboardInterrupt")
 
 
 def test_a_file_that_is_no_cache(tmp_path):
