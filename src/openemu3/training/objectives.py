@@ -18,8 +18,11 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.distributed.tensor import DTensor
 
+CHUNK = 512  # tokens whose logits exist at a time: 0.5 GiB in fp32 with the published vocabulary
+VOCABULARY_SLICE = 16_384
 
-def compute_cross_entropy(hidden: Tensor, head: Tensor, targets: Tensor, weights: Tensor, chunk: int = 1024) -> tuple[Tensor, Tensor]:
+
+def compute_cross_entropy(hidden: Tensor, head: Tensor, targets: Tensor, weights: Tensor, chunk: int = CHUNK) -> tuple[Tensor, Tensor]:
     """(sum of weight * -log p(target) [], the same per token and unweighted [N], without gradient), both fp32."""
     if isinstance(head, DTensor):
         return compute_vocabulary_parallel_cross_entropy(hidden, head, targets, weights, chunk)
@@ -43,6 +46,7 @@ class LinearCrossEntropy(torch.autograd.Function):
             target = targets[part].unsqueeze(1)
             losses[part] = log_normaliser - logits.gather(1, target).squeeze(1)
             if not make_gradients:  # measuring alone: two of the three products are not needed
+                del logits
                 continue
             # d loss / d logits = weight * (softmax - one-hot)
             grad = logits.sub_(log_normaliser.unsqueeze(1)).exp_()
@@ -50,7 +54,8 @@ class LinearCrossEntropy(torch.autograd.Function):
             grad = grad.mul_(weights[part].unsqueeze(1)).to(hidden.dtype)
             grad_hidden[part] = grad @ head_cast
             if grad_head is not None:
-                grad_head += (grad.t() @ hidden[part]).float()
+                add_head_gradient(grad_head, grad, hidden[part])
+            del logits, grad  # or they would live while the next ones are made
         ctx.save_for_backward(grad_hidden, None if grad_head is None else grad_head.to(head.dtype))
         ctx.mark_non_differentiable(losses)
         return (losses * weights).sum(), losses
@@ -58,12 +63,19 @@ class LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_sum: Tensor, _: Tensor) -> tuple[Tensor, Tensor | None, None, None, None, None]:
-        grad_hidden, grad_head = ctx.saved_tensors
-        return grad_hidden * grad_sum, None if grad_head is None else grad_head * grad_sum, None, None, None, None
+        grad_hidden, grad_head = ctx.saved_tensors  # changed in place: they are used once, and the head's is as large as the head
+        return grad_hidden.mul_(grad_sum), None if grad_head is None else grad_head.mul_(grad_sum), None, None, None, None
+
+
+def add_head_gradient(grad_head: Tensor, grad: Tensor, hidden: Tensor) -> None:
+    """grad_head [V, D] fp32 += grad [n, V] transposed x hidden [n, D], some rows at a time: the whole product would be as large again."""
+    for first in range(0, len(grad_head), VOCABULARY_SLICE):
+        rows = slice(first, first + VOCABULARY_SLICE)
+        grad_head[rows] += grad[:, rows].t() @ hidden
 
 
 def compute_vocabulary_parallel_cross_entropy(
-    hidden: Tensor, head: DTensor, targets: Tensor, weights: Tensor, chunk: int = 1024
+    hidden: Tensor, head: DTensor, targets: Tensor, weights: Tensor, chunk: int = CHUNK
 ) -> tuple[Tensor, Tensor]:
     """`compute_cross_entropy` for a head whose rows lie on several ranks (tensor parallelism; mesh of one dimension).
 
@@ -109,6 +121,7 @@ class VocabularyParallelCrossEntropy(torch.autograd.Function):
             dist.all_reduce(both, group=group)
             losses[part] = both[0].log() - both[1]
             if not make_gradients:
+                del logits, grad
                 continue
             # d loss / d logits = weight * (softmax - one-hot)
             grad /= both[0].unsqueeze(1)
@@ -117,7 +130,8 @@ class VocabularyParallelCrossEntropy(torch.autograd.Function):
             grad_hidden[part] = grad @ head_cast  # of this rank's rows alone; summed while the next chunk is computed
             sums_under_way.append(dist.all_reduce(grad_hidden[part], group=group, async_op=True))
             if grad_head is not None:
-                grad_head += (grad.t() @ hidden[part]).float()
+                add_head_gradient(grad_head, grad, hidden[part])
+            del logits, grad  # or they would live while the next ones are made
         for work in sums_under_way:
             work.wait()
         ctx.save_for_backward(grad_hidden, None if grad_head is None else grad_head.to(head.dtype))
@@ -127,5 +141,5 @@ class VocabularyParallelCrossEntropy(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_sum: Tensor, _: Tensor) -> tuple[Tensor, Tensor | None, None, None, None, None, None, None]:
-        grad_hidden, grad_head = ctx.saved_tensors
-        return grad_hidden * grad_sum, None if grad_head is None else grad_head * grad_sum, None, None, None, None, None, None
+        grad_hidden, grad_head = ctx.saved_tensors  # changed in place: they are used once, and the head's is as large as the head
+        return grad_hidden.mul_(grad_sum), None if grad_head is None else grad_head.mul_(grad_sum), None, None, None, None, None, None
