@@ -21,8 +21,9 @@ from openemu3.curation.scenes import Scene
 from openemu3.media import Source, TimedFrame, detect_kind, open_video, probe_video, stream_frames
 from openemu3.records import InputError
 
-# Codecs that are copied, and the container that holds them in every player. Others are encoded anew.
-_COPIED_CODECS = {"h264": "mp4", "hevc": "mp4", "av1": "mp4", "vp9": "mp4", "mpeg4": "mp4", "vp8": "matroska"}
+# Codecs that are copied, and the container that holds them in every player. Others are encoded anew; AV1, too, because PyAV wants an
+# encoder of the decoder's name (libdav1d) to copy a stream.
+_COPIED_CODECS = {"h264": "mp4", "hevc": "mp4", "vp9": "mp4", "mpeg4": "mp4", "vp8": "matroska"}
 # Containers whose packets say when their frame is shown. AVI has a rate only (see media._has_times).
 _UNTIMED_FORMATS = ("avi", "h264", "hevc", "mpegvideo", "m4v", "mjpeg")
 # Ticks per second of the clips that are encoded here; all usual rates divide it.
@@ -153,7 +154,7 @@ def _is_timed(source: Source) -> bool:
     try:
         with open_video(source) as container:
             stream = container.streams.video[0]
-            return stream.codec_context.codec.canonical_name in _COPIED_CODECS and container.format.name not in _UNTIMED_FORMATS
+            return stream.codec_context.name in _COPIED_CODECS and container.format.name not in _UNTIMED_FORMATS
     except InputError:
         if detect_kind(source) == "video":
             return False  # an animated picture: frames come from PIL, there are no packets
@@ -169,7 +170,7 @@ def _copy_spans(source: Source, spans: Sequence[_Span]) -> Iterator[bytes]:
         packets = enumerate(_read_packets(container))
         for span in spans:
             buffer = io.BytesIO()
-            with av.open(buffer, "w", format=_COPIED_CODECS[stream.codec_context.codec.canonical_name]) as output:
+            with av.open(buffer, "w", format=_COPIED_CODECS[stream.codec_context.name]) as output:
                 copy = output.add_stream_from_template(stream)
                 for number, packet in packets:
                     if number < span.first:

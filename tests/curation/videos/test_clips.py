@@ -131,6 +131,33 @@ def test_odd_sides_are_kept(draw_frames, encode_film):
     assert (clip.height, clip.width) == (49, 71)
 
 
+@pytest.mark.parametrize(
+    "codec, format, pix_fmt, copied",
+    [
+        ("libx264", "mp4", "yuv420p10le", True),
+        ("libx264rgb", "matroska", "rgb24", True),
+        ("libvpx", "webm", "yuv420p", True),
+        ("libvpx-vp9", "webm", "yuv420p", True),
+        ("libsvtav1", "mp4", "yuv420p", False),
+        ("mpeg4", "mp4", "yuv420p", True),
+        ("prores_ks", "mov", "yuv422p10le", False),
+        ("mjpeg", "mov", "yuvj420p", False),
+    ],
+)
+def test_other_codecs(draw_frames, encode_film, codec, format, pix_fmt, copied):
+    """A whole film is a copy where its codec is copied; a scene that begins between key frames never is."""
+    quality = {"crf": "10", "g": "10", "qscale": "2", "b": "4M"}
+    grey = draw_frames([14], size=(64, 96))[..., 1:2].repeat(3, axis=-1)
+    film = encode_film(grey, codec=codec, format=format, pix_fmt=pix_fmt, options={"crf": "10"} if codec == "libsvtav1" else quality)
+    source, times = read(film)
+    (whole,) = cut_clips(film, spans([0, 14]))
+    assert whole.copied == copied
+    check(whole, source, times)
+    (part,) = cut_clips(film, spans([3, 9]))
+    assert not part.copied
+    check(part, source, times)
+
+
 @pytest.mark.parametrize("format", ["avi", "h264"])
 def test_films_without_times_are_never_copied(draw_frames, encode_film, format):
     film = encode_film(draw_frames([20, 20]), format=format, keys={0, 20})
