@@ -78,6 +78,20 @@ def test_a_text_is_cut_only_where_it_fits_nowhere():
     assert (packing.num_cut, packing.num_long, packing.num_pieces) == (1, 0, 2)
 
 
+@given(
+    st.lists(st.integers(1, 300), max_size=30), st.lists(st.integers(1, 1000), min_size=1, max_size=60), st.sampled_from([512, 1000, 2560])
+)
+def test_no_text_is_cut_into_crumbs(pictures, texts, context_length):
+    """Texts that a row holds are cut into pieces of 1/256 of a row at least."""
+    texts = [min(length, context_length) for length in texts]
+    lengths, may_cut = [*pictures, *texts], [False] * len(pictures) + [True] * len(texts)
+    packing = pack(lengths, may_cut, context_length)
+    for row in packing.rows:
+        for piece in row:
+            length = piece.stop - piece.start
+            assert length == lengths[piece.document] or length >= context_length // 256
+
+
 def test_vision_that_no_row_holds_is_told():
     with pytest.raises(InputError, match="document 1 holds vision and has 11 tokens; a row has 10, and vision is not cut"):
         pack([10, 11], [False, False], 10)
