@@ -7,11 +7,13 @@ import numpy as np
 import pytest
 import torch
 
+from openemu3.cli import main
 from openemu3.data.loader import LoaderConfig
 from openemu3.data.pairs import PreferencePair, read_pairs, read_reference, write_pairs
+from openemu3.data.samples import read_samples
 from openemu3.data.shards import write_documents
 from openemu3.distributed import ParallelConfig
-from openemu3.generation.tasks import Emu3, TaskDefaults
+from openemu3.generation.tasks import Emu3, TaskDefaults, read_defaults
 from openemu3.model.weights import load_state
 from openemu3.records import Document, Image, InputError, Text, Video
 from openemu3.tokenization.encode import EncodedDocument
@@ -270,3 +272,89 @@ def test_pairs_that_do_not_fit_the_model_are_refused(model, pairs, tmp_path):
         make_run(model, tmp_path / "other.parquet", tmp_path / "run").run()
     with pytest.raises(InputError, match="has 8 ranks, but the number of processes is 1"):
         make_run(model, pairs, tmp_path / "run", parallel=ParallelConfig(dp=8)).run()
+
+
+# -- commands ----------------------------------------------------------------------------------------------------------------------
+
+
+def run_command(capsys, *arguments):
+    """What the command says, as JSON."""
+    assert main([*map(str, arguments), "--json"]) == 0, capsys.readouterr().err
+    return json.loads(capsys.readouterr().out)
+
+
+SMALL = ("--num-steps", 2, "--log-every", 1, "--precision", "fp32", "--device", "cpu")
+
+
+def test_conversations_become_documents_answers_and_an_adapter(model, data, tmp_path, capsys):
+    picture = next(read_samples(data / "samples.parquet", kind="image"))
+    (tmp_path / "disc.png").write_bytes(picture.media)
+    asked = [{"from": "human", "value": "<image>\nWhat is it?"}, {"from": "gpt", "value": "a red disc"}]
+    rows = [{"id": str(index), "image": "disc.png", "conversations": asked} for index in range(3)]
+    (tmp_path / "talk.json").write_text(json.dumps([*rows, {"conversations": asked[:1], "image": "disc.png"}]))
+    (tmp_path / "held.json").write_text(json.dumps(rows[:1]))
+    documents = tmp_path / "talk.parquet"
+    tokenize = (
+        "tokenize-conversations",
+        tmp_path / "talk.json",
+        "--validation",
+        tmp_path / "held.json",
+        "--model",
+        model,
+        "--output",
+        documents,
+    )
+    answer = run_command(capsys, *tokenize)
+    assert answer["splits"] == {"train": 3, "validation": 1} and answer["left_out"] == {"no assistant turn": 1}
+    instruct = (
+        "train",
+        "instruct",
+        documents,
+        "--model",
+        model,
+        "--output",
+        tmp_path / "run",
+        "--lora-rank",
+        2,
+        "--rows-per-batch",
+        1,
+        *SMALL,
+    )
+    answer = run_command(capsys, *instruct)
+    assert answer["steps"] == 2 and answer["validation/loss_text_target"] > 0
+    run_command(capsys, "export", "adapter", tmp_path / "run", "--output", tmp_path / "adapter")
+    run_command(capsys, "export", "model", tmp_path / "run", "--tokenizers", model, "--output", tmp_path / "out")
+    assert read_defaults(tmp_path / "out") == DEFAULTS  # it is asked as the model that it was made of
+    asked = ("answer", "What is it?", tmp_path / "disc.png", "--max-new-tokens", 2, "--device", "cpu", "--dtype", "float32")
+    with_adapter = run_command(capsys, *asked, "--model", model, "--adapter", tmp_path / "adapter")
+    assert isinstance(with_adapter["text"], str)
+    assert main(["describe", str(tmp_path / "disc.png"), "--model", str(model), "--adapter", str(tmp_path)]) == 2
+    assert "cannot be read as an adapter" in capsys.readouterr().err
+
+
+def test_pairs_are_learnt_by_the_command(model, pairs, tmp_path, capsys):
+    output = tmp_path / "dpo"
+    dpo = f"train dpo {pairs} --model {model} --output {output} --pairs-per-batch 2 --beta 0.5 --held-out-share 0.3".split()
+    answer = run_command(capsys, *dpo, *SMALL)
+    assert answer["steps"] == 2 and 0 <= answer["validation/accuracy"] <= 1
+    described = json.loads((output / "run.json").read_text())
+    assert described["learner"]["objective"] == {"beta": 0.5, "cross_entropy_weight": 1.0, "length_normalised": False}
+    for wrong, message in (
+        (("--beta", "0"), "beta is 0"),
+        (("--validation-split", "x"), "pairs have no splits"),
+        (("--pairs-per-batch", "99"), "pairs_per_batch is 99"),
+    ):
+        assert main([*map(str, dpo), *map(str, SMALL), *wrong]) == 2
+        assert message in capsys.readouterr().err
+
+
+def test_quality_tuning_and_image_to_text_by_their_commands(model, data, tmp_path, capsys):
+    held_out = ("--validation-split", "heldout", "--rows-per-batch", 2, "--context-length", 128)
+    documents = data / "documents.parquet"
+    answer = run_command(capsys, "train", "qft", documents, "--model", model, "--output", tmp_path / "qft", *held_out, *SMALL)
+    assert "validation/loss_vision" in answer and "validation/loss_text_target" not in answer
+    shares = ("--text-share", 0, "--video-share", 0.3)
+    answer = run_command(
+        capsys, "train", "image-to-text", documents, "--model", model, "--output", tmp_path / "i2t", *shares, *held_out, *SMALL
+    )
+    assert "validation/loss_text_target" in answer and "validation/loss_vision" not in answer

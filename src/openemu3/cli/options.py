@@ -47,6 +47,8 @@ class ModelOptions:
     """Folder with the weights, as published or ours, or "mini", the small one that is part of this package."""
     tokenizer: Path | None = None
     """Folder of the vision tokenizer, where it is not in the model's (the published Emu3-VisionTokenizer)."""
+    adapter: Path | None = None
+    """Folder of an adapter (LoRA) to merge in, as `emu3 export adapter` writes it."""
     device: Device = "auto"
     """Where to compute: auto takes the GPU if there is one."""
     dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
@@ -59,7 +61,12 @@ class ModelOptions:
             from openemu3.generation.tasks import Emu3
 
             device, dtype = choose_device(self.device), getattr(torch, self.dtype)
-            return Emu3.load(self.model, tokenizer_folder=self.tokenizer, device=device, dtype=dtype)
+            emu3 = Emu3.load(self.model, tokenizer_folder=self.tokenizer, device=device, dtype=dtype)
+            if self.adapter is not None:
+                from openemu3.training.lora import load_adapter
+
+                load_adapter(emu3.engine.transformer, self.adapter)
+            return emu3
 
 
 @dataclass(frozen=True)
