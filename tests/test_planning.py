@@ -221,7 +221,7 @@ def test_memory_of_a_real_step(precision, mode):
     """
     num_tokens = 1040
     parallel = ParallelConfig(activation_checkpointing=mode)
-    config = PlanConfig(WIDE, 1, parallel=parallel, context=num_tokens, precision=precision, loss_chunk=128)
+    config = PlanConfig(WIDE, 1, parallel=parallel, context=num_tokens, precision=precision)
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
     transformer = build_transformer(WIDE, torch.Generator().manual_seed(0), dtype).train()
     parallelize(transformer, None, parallel)
@@ -236,7 +236,7 @@ def test_memory_of_a_real_step(precision, mode):
             hidden = transformer(token_ids, attention, attention.positions)
         kept = read_bytes(tracker) - states - hidden.untyped_storage().nbytes()
         hidden = hidden.flatten(0, 1).to(torch.float32 if precision == "fp32" else torch.bfloat16)
-        loss, _ = compute_cross_entropy(hidden, transformer.lm_head.weight, token_ids[0], torch.ones(num_tokens), 128)
+        loss, _ = compute_cross_entropy(hidden, transformer.lm_head.weight, token_ids[0], torch.ones(num_tokens))
         loss.backward()
         peak = read_bytes(tracker, "peak")
     memory = count_memory(config, gpu=False)

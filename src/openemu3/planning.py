@@ -20,6 +20,7 @@ from openemu3.distributed import ParallelConfig
 from openemu3.model.transformer import TransformerConfig
 from openemu3.records import InputError
 from openemu3.training.lora import ATTENTION, FEED_FORWARD, LoraConfig
+from openemu3.training.objectives import CHUNK, VOCABULARY_SLICE
 from openemu3.training.optimizer import SLICE
 
 GIB = 2**30
@@ -43,7 +44,6 @@ class PlanConfig:
         precision: as of `LanguageLearnerConfig`: mixed keeps fp32 weights, gradients and optimizer states and computes in bf16; the others
             keep and compute in one format.
         lora: train adapters alone, always in fp32; frozen weights are bf16 with precision bf16, else fp32.
-        loss_chunk: tokens whose logits exist at once.
         utilisation: share of the GPUs' `peak_flops` (each) that model FLOPs reach, recomputation not counted.
     """
 
@@ -57,14 +57,13 @@ class PlanConfig:
     document_length: int | None = None
     precision: Precision = "mixed"
     lora: LoraConfig | None = None
-    loss_chunk: int = 1024
     headroom: float = 0.08
     peak_flops: float = 989e12
     utilisation: float = 0.4
     token_budget: float | None = None
 
     def __post_init__(self) -> None:
-        for name in ("num_gpus", "context", "micro_batch", "micro_batches", "loss_chunk"):
+        for name in ("num_gpus", "context", "micro_batch", "micro_batches"):
             if getattr(self, name) < 1:
                 raise InputError(f"{name} is {getattr(self, name)}; a whole number of at least 1 is allowed")
         for name in ("gpu_memory", "peak_flops"):
@@ -533,16 +532,15 @@ def count_loss_bytes(config: PlanConfig) -> int:
     """What `compute_cross_entropy` holds at most: hidden states and their gradient, the head's gradient, and logits of a chunk."""
     model, size = config.transformer, config.compute_bytes
     vocabulary = math.ceil(model.vocab_size / config.parallel.tp)
-    head, chunk = vocabulary * model.hidden_size, vocabulary * min(config.loss_chunk, config.tokens_per_rank)
+    head, chunk = vocabulary * model.hidden_size, vocabulary * min(CHUNK, config.tokens_per_rank)
     hidden = config.tokens_per_rank * model.hidden_size * (config.residual_bytes + 2 * size)
-    # While logits are made, those of the chunk before still live; later the product for the head's gradient and its fp32 copy.
-    copy = 0 if size == 4 else size
-    making_logits = chunk * (8 + 2 * copy)
-    making_gradient = chunk * (4 + copy) + head * (4 + copy)
+    # The sum of exponentials takes a copy of the logits; later there is their gradient, rounded, and a slice of the head's.
+    rounded = 2 if size == 2 else 0
+    product = min(vocabulary, VOCABULARY_SLICE) * model.hidden_size * size
     if config.lora is not None:
-        return hidden + making_logits
-    rounded = 2 * head if config.is_autocast else 0
-    return hidden + rounded + 4 * head + max(making_logits, making_gradient)
+        return hidden + 8 * chunk
+    copies = rounded * head if config.is_autocast else 0
+    return hidden + copies + 4 * head + max(8 * chunk, (4 + rounded) * chunk + product)
 
 
 # ----------------------------------------------------------------------------------------------------------------------- communication

@@ -65,8 +65,6 @@ class Plan:
     """Train adapters of this rank, in fp32, beside frozen weights; 0 trains everything."""
     lora_targets: tuple[str, ...] = ()
     """Matrices with adapters, by the end of their names (q_proj, down_proj); otherwise all seven of a block."""
-    loss_chunk: int = 1024
-    """Tokens whose logits exist at once."""
     headroom: float = 0.08
     """Share of a GPU's memory that stays free, for the CUDA context, NCCL and gaps."""
     peak_tflops: float = 989.0
@@ -110,7 +108,6 @@ class Plan:
             document_length=self.document_length,
             precision=self.precision,
             lora=LoraConfig(self.lora_rank, targets=self.lora_targets or MATRICES) if self.lora_rank else None,
-            loss_chunk=self.loss_chunk,
             headroom=self.headroom,
             peak_flops=self.peak_tflops * 1e12,
             utilisation=self.mfu,
