@@ -40,7 +40,7 @@ class Plan:
     gpus: int = 8
     """How many GPUs there are."""
     gpu_memory: float = 80.0
-    """GiB of one GPU."""
+    """Memory of one GPU, in GiB."""
     dp: int | None = None
     """Data-parallel ranks, over which weights are sharded; otherwise all GPUs that cp and tp leave."""
     cp: int = 1
@@ -49,8 +49,8 @@ class Plan:
     """Tensor-parallel ranks, which share the heads, the feed-forward and the vocabulary."""
     replicate: int = 1
     """Of dp, how many groups keep a whole copy of the weights each (HSDP)."""
-    context: int = 5120
-    """Tokens of a packed row."""
+    context: int | None = None
+    """Tokens of a packed row; otherwise 5120, the paper's stage 1, or what the preset can take."""
     document_length: int | None = None
     """Tokens of a document in the rows, on average; otherwise one document fills a row. Attention costs by it."""
     micro_batch: int = 1
@@ -97,12 +97,13 @@ class Plan:
         if self.lora_rank < 1 and self.lora_targets:
             raise InputError(f"lora-rank is {self.lora_rank}; at least 1 is allowed where lora-targets are named")
         dp = self.gpus // max(1, self.cp * self.tp) if self.dp is None else self.dp
+        transformer = replace({"emu3-8b": presets.EMU3_8B, "mini": presets.MINI_TRANSFORMER}[self.preset], **given)
         return PlanConfig(
-            transformer=replace({"emu3-8b": presets.EMU3_8B, "mini": presets.MINI_TRANSFORMER}[self.preset], **given),
+            transformer=transformer,
             num_gpus=self.gpus,
             gpu_memory=self.gpu_memory,
             parallel=ParallelConfig(max(1, dp), self.cp, self.tp, self.replicate, self.checkpointing),
-            context=self.context,
+            context=min(5120, transformer.max_positions) if self.context is None else self.context,
             micro_batch=self.micro_batch,
             micro_batches=self.micro_batches,
             document_length=self.document_length,
