@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -59,3 +60,48 @@ def draw_scene() -> Callable[..., Image.Image]:
 @pytest.fixture(scope="session")
 def draw_text() -> Callable[..., Image.Image]:
     return _draw_text
+
+
+@pytest.fixture(scope="session")
+def clip_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random CLIP as transformers saves it, with a byte-level vocabulary."""
+    import torch
+    from transformers import CLIPConfig, CLIPModel
+
+    width, layers, side, tokens = 64, 2, 32, 16
+    folder = tmp_path_factory.mktemp("clip")
+    tower = {"hidden_size": width, "intermediate_size": 96, "num_hidden_layers": layers, "num_attention_heads": 4, "projection_dim": width}
+    letters = [chr(number) for number in range(33, 127)]
+    vocabulary = [*letters, *(f"{letter}</w>" for letter in letters), "<|startoftext|>", "<|endoftext|>"]
+    config = CLIPConfig(
+        text_config={
+            **tower,
+            "vocab_size": len(vocabulary),
+            "max_position_embeddings": tokens,
+            "eos_token_id": len(vocabulary) - 1,
+            "bos_token_id": len(vocabulary) - 2,
+            "pad_token_id": len(vocabulary) - 1,
+        },
+        vision_config={**tower, "image_size": side, "patch_size": 8},
+        projection_dim=width,
+    )
+    torch.manual_seed(0)
+    model = CLIPModel(config).eval()
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.1)
+    model.save_pretrained(folder)
+    (folder / "vocab.json").write_text(json.dumps({token: number for number, token in enumerate(vocabulary)}))
+    (folder / "merges.txt").write_text("#version: 0.2\n")
+    (folder / "tokenizer_config.json").write_text(
+        json.dumps(
+            {
+                "tokenizer_class": "CLIPTokenizer",
+                "model_max_length": tokens,
+                "bos_token": "<|startoftext|>",
+                "eos_token": "<|endoftext|>",
+                "unk_token": "<|endoftext|>",
+                "pad_token": "<|endoftext|>",
+            }
+        )
+    )
+    return folder

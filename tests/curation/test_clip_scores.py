@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +9,7 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from transformers import CLIPConfig, CLIPModel
+from transformers import CLIPModel
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
 from openemu3.curation.clip_scores import (
@@ -24,48 +23,8 @@ from openemu3.curation.clip_scores import (
 )
 from openemu3.records import InputError
 
-WIDTH, LAYERS, SIDE, TOKENS = 64, 2, 32, 16
-
-
-@pytest.fixture(scope="module")
-def clip_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A random CLIP as transformers saves it, with a byte-level vocabulary."""
-    folder = tmp_path_factory.mktemp("clip")
-    tower = {"hidden_size": WIDTH, "intermediate_size": 96, "num_hidden_layers": LAYERS, "num_attention_heads": 4, "projection_dim": WIDTH}
-    letters = [chr(number) for number in range(33, 127)]
-    vocabulary = [*letters, *(f"{letter}</w>" for letter in letters), "<|startoftext|>", "<|endoftext|>"]
-    config = CLIPConfig(
-        text_config={
-            **tower,
-            "vocab_size": len(vocabulary),
-            "max_position_embeddings": TOKENS,
-            "eos_token_id": len(vocabulary) - 1,
-            "bos_token_id": len(vocabulary) - 2,
-            "pad_token_id": len(vocabulary) - 1,
-        },
-        vision_config={**tower, "image_size": SIDE, "patch_size": 8},
-        projection_dim=WIDTH,
-    )
-    torch.manual_seed(0)
-    model = CLIPModel(config).eval()
-    for parameter in model.parameters():
-        torch.nn.init.normal_(parameter, std=0.1)
-    model.save_pretrained(folder)
-    (folder / "vocab.json").write_text(json.dumps({token: number for number, token in enumerate(vocabulary)}))
-    (folder / "merges.txt").write_text("#version: 0.2\n")
-    (folder / "tokenizer_config.json").write_text(
-        json.dumps(
-            {
-                "tokenizer_class": "CLIPTokenizer",
-                "model_max_length": TOKENS,
-                "bos_token": "<|startoftext|>",
-                "eos_token": "<|endoftext|>",
-                "unk_token": "<|endoftext|>",
-                "pad_token": "<|endoftext|>",
-            }
-        )
-    )
-    return folder
+# Of the tiny model in conftest.py.
+WIDTH, LAYERS, SIDE = 64, 2, 32
 
 
 @pytest.fixture(scope="module")

@@ -38,7 +38,6 @@ def start_engine(runner: Runner = "native", address: str | None = None) -> Modul
     InputError.
     """
     daft = import_daft()
-    active = daft.get_or_infer_runner_type() if runner == "native" else None
     if runner == "ray":
         try:
             import ray
@@ -47,10 +46,7 @@ def start_engine(runner: Runner = "native", address: str | None = None) -> Modul
         if not ray.is_initialized():
             ray.init(address=address, runtime_env={"env_vars": _NO_REPORTS}, include_dashboard=None if address else False)
         daft.set_runner_ray(address=address, noop_if_initialized=True)
-        active = daft.get_or_create_runner().name
-    elif active != "ray":
-        daft.set_runner_native()
-        active = "native"
+    active = daft.get_or_create_runner().name  # the native one, where none was set
     if active != runner:
         raise InputError(f"runner is {runner}, but this process already works with the runner {active}; start another process")
     return daft

@@ -46,7 +46,7 @@ def _inspect(arguments: dict[str, Any]) -> tuple[dict[str, Any], bytes, bytes]:
     if not data:
         return measures | {"reason": "empty", "detail": "it has 0 bytes"}, b"", b""
     try:
-        if detect_kind(data) == "video":
+        if _moves(data):
             return measures | {"reason": "moving", "detail": "it is animated or a film; emu3 curate videos takes those"}, b"", b""
         picture = open_image(data)
     except InputError as error:
@@ -68,6 +68,14 @@ def _inspect(arguments: dict[str, Any]) -> tuple[dict[str, Any], bytes, bytes]:
         "seconds_measure": time.perf_counter() - after_decode,
     }
     return measures, pixels, thumbnail
+
+
+def _moves(data: bytes) -> bool:
+    """Whether this is a film or an animation; False for what is neither, of which the picture's decoder will say what is wrong."""
+    try:
+        return detect_kind(data) == "video"
+    except InputError:
+        return False
 
 
 def measure_colours(picture: NDArray[np.uint8]) -> dict[str, float]:
