@@ -9,11 +9,15 @@ import time
 from io import BytesIO
 
 import pytest
+import torch
 from PIL import Image, ImageDraw
+from transformers import Emu3ForCausalLM
 
 from openemu3.data.samples import write_samples
 from openemu3.data.shards import DocumentStore
 from openemu3.media import read_image
+from openemu3.model.attention import CausalAttention
+from openemu3.model.weights import load_transformer
 from openemu3.records import Sample
 from openemu3.tokenization.text import train_text_tokenizer
 
@@ -183,3 +187,39 @@ def test_bad_input_is_one_line_and_leaves_nothing(work, emu3_command, monkeypatc
     assert done.returncode == 2 and done.stdout == ""
     assert words in done.stderr and done.stderr.count("\n") == 1 and done.stderr.startswith("emu3: ")
     assert {path for path in folder.rglob("*") if path.name not in (".lock", "__pycache__")} == before
+
+
+def test_a_model_is_written_for_transformers(work, emu3_command):
+    """The mini model's language model alone: its vision tokenizer has norms that transformers' has not."""
+    folder, _ = work
+    done = emu3_command("export", "transformers", "model", "--output", "theirs", "--text-only", "--json", cwd=folder)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["files"].keys() == {"config.json", "model.safetensors"}
+    theirs = Emu3ForCausalLM.from_pretrained(folder / "theirs", dtype=torch.float32).eval()
+    ours = load_transformer(folder / "model", dtype=torch.float32)
+    ids = torch.arange(40)[None]
+    with torch.no_grad():
+        logits = ours.compute_logits(ours(ids, CausalAttention()))
+        torch.testing.assert_close(theirs(input_ids=ids).logits, logits, rtol=1e-3, atol=1e-4)
+    done = emu3_command("export", "transformers", "model", "--output", "both", cwd=folder)
+    assert done.returncode == 2 and "num_norm_groups 8; transformers knows 32 alone" in done.stderr and not (folder / "both").exists()
+
+
+@pytest.mark.slow
+def test_the_two_stages_in_small(work, emu3_command):
+    """Stage 1 cannot hold a film, stage 2 goes on from its weights with films; both tell of stills and films, before and after."""
+    folder, _ = work
+    flags = ["documents", "--tokenizers", "tokenizers", "--validation-split", "heldout_combination", "--validate-every", 0, "--json"]
+    first = emu3_command("train", "language", *flags, "--preset", "mini-stage1", "--num-steps", 2, "--output", "runs/stage1", cwd=folder)
+    assert first.returncode == 0, first.stderr
+    assert "left out:" in first.stderr and "of more than 288 tokens that hold vision" in first.stderr
+    flags += ["--preset", "mini-stage2", "--init-from", "runs/stage1", "--num-steps", 2, "--checkpointing", "full"]
+    second = emu3_command("train", "language", *flags, "--output", "runs/stage2", cwd=folder)
+    assert second.returncode == 0, second.stderr
+    told = {}
+    for stage in ("stage1", "stage2"):
+        rows = [json.loads(line) for line in (folder / "runs" / stage / "metrics.jsonl").read_text().splitlines()]
+        told[stage] = [row for row in rows if "validation/loss" in row]
+        assert [row["step"] for row in told[stage]] == [0, 2]
+        assert all(row.keys() >= {"validation/image/loss_vision", "validation/video/loss_vision"} for row in told[stage])
+    assert told["stage2"][0]["validation/loss"] == pytest.approx(told["stage1"][1]["validation/loss"], rel=1e-4)

@@ -201,7 +201,7 @@ class ExportModel:
     """Folder of the tokenizers, as `emu3 export tokenizers` writes it; the vision decoder may have been trained on since."""
     output: Path
     """Folder to write."""
-    preset: Literal["mini"] = "mini"
+    preset: Literal["mini", "emu3-8b-stage1"] = "mini"
     """The size of its pictures and how it wants to be asked; and what the run is, if its folder has no run.json that says so."""
     json: Json = False
 
@@ -209,12 +209,32 @@ class ExportModel:
         from openemu3 import presets
         from openemu3.training.export import DESCRIPTION_FILE, export_model
 
+        preset = presets.LANGUAGE_PRESETS[self.preset]
         config = None if (self.run_folder / DESCRIPTION_FILE).exists() else presets.MINI_TRANSFORMER
-        generation, image_area = asdict(presets.MINI_DEFAULTS), presets.MINI_IMAGE_AREA
+        generation, image_area = asdict(preset.defaults), preset.image_area
         before = json.loads((self.tokenizers / "config.json").read_text(encoding="utf-8"))
         if "generation" in before:  # the tokenizers are those of a whole model, which was trained on: it is asked as it was
             generation, image_area = before["generation"], before.get("image_area", image_area)
         export_model(self.run_folder, config, self.tokenizers, self.output, image_area, generation)
+        report_folder(self.json, self.output)
+
+
+@dataclass(frozen=True)
+class ExportTransformers:
+    """Write a model folder once more in the layout of Hugging Face's transformers: weights and config.json, no text tokenizer."""
+
+    model: Positional[Path]
+    """Model folder, as `emu3 export model` writes it."""
+    output: Path
+    """Folder to write."""
+    text_only: bool = False
+    """The language model alone, for Emu3ForCausalLM; otherwise both parts, for Emu3ForConditionalGeneration."""
+    json: Json = False
+
+    def run(self) -> None:
+        from openemu3.model.weights import convert_to_transformers
+
+        convert_to_transformers(self.model, self.output, self.text_only)
         report_folder(self.json, self.output)
 
 
@@ -225,6 +245,7 @@ class Export:
     what: (
         Annotated[ExportTokenizers, subcommand("tokenizers")]
         | Annotated[ExportModel, subcommand("model")]
+        | Annotated[ExportTransformers, subcommand("transformers")]
         | Annotated[ExportAdapter, subcommand("adapter")]
     )
 

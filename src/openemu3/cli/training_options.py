@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from openemu3.cli.options import Device, choose_device, print_answer
+from openemu3.records import InputError
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
@@ -108,16 +109,20 @@ def change(config: Config, **changes: Any) -> Config:
 
 def report_training(as_json: bool, folder: Path, train: Callable[[], Trainer]) -> None:
     """Train, and say where it ended. A run that was stopped raises KeyboardInterrupt: what follows it in a script must not begin."""
-    from openemu3.distributed import read_whole_number
+    from openemu3.distributed import RankError, read_whole_number
 
     began = time.monotonic()
-    trainer = train()
-    if read_whole_number("RANK", 0):  # the first rank speaks for all
-        return
-    steps = trainer.config.num_steps
+    try:
+        trainer = train()
+    except RankError as error:
+        raise InputError(str(error)) from error
+    is_first, steps = read_whole_number("RANK", 0) == 0, trainer.config.num_steps  # the first rank speaks for all
     if not trainer.is_complete:
-        print(f"{folder}: saved at step {trainer.step} of {steps}; the same command goes on from there", file=sys.stderr)
+        if is_first:
+            print(f"{folder}: saved at step {trainer.step} of {steps}; the same command goes on from there", file=sys.stderr)
         raise KeyboardInterrupt
+    if not is_first:
+        return
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     measured = {name: value for name, value in rows[-1].items() if name.startswith("validation/")}
     numbers = ", ".join(f"{name.removeprefix('validation/')} {value}" for name, value in measured.items())

@@ -180,8 +180,6 @@ class LanguageRun:
         with distributed_run(self.parallel, self.device) as mesh:
             rank, dp = data_rank(mesh)
             loader = TokenLoader(store, self.batches, vocabulary.pad, dp, rank)
-            if is_first(mesh):
-                Console(stderr=True).print(loader.report.describe(), highlight=False)
             transformer = self.build_transformer(mesh, fingerprint)
 
             def validate() -> Iterator[TokenBatch]:
@@ -197,7 +195,7 @@ class LanguageRun:
             trainer = Trainer(
                 replace(self.trainer, micro_batches=micro_batches, peak_flops=peak),
                 learner,
-                MicroBatches(loader, micro_batches),
+                MicroBatches(loader, micro_batches, is_first(mesh)),
                 # The fingerprint lets exporting refuse other tokenizers than those that the documents were written with.
                 describe_run("language", self) | {"fingerprint": fingerprint},
                 mesh,
@@ -249,12 +247,17 @@ def build_network(
 
 
 class MicroBatches:
-    """A TokenLoader, which gives all micro-batches of a step at once, as the loop wants them: one after the other."""
+    """A TokenLoader, which gives all micro-batches of a step at once, as the loop wants them: one after the other.
 
-    def __init__(self, loader: TokenLoader, per_step: int) -> None:
-        self.loader, self.per_step = loader, per_step
+    is_talking: tell on stderr how full the rows are, and what was cut or left out, when the first batch is asked for.
+    """
+
+    def __init__(self, loader: TokenLoader, per_step: int, is_talking: bool) -> None:
+        self.loader, self.per_step, self.is_talking = loader, per_step, is_talking
 
     def __call__(self, position: int) -> Iterator[TokenBatch]:
+        if self.is_talking:
+            Console(stderr=True).print(self.loader.report.describe(), highlight=False)
         step = position // self.per_step
         # A loader that is there already, from its saved state, need not count its way.
         steps = iter(self.loader) if self.loader.position == step else self.loader(step)
