@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageDraw
 
 from openemu3.curation.inspection import hash_picture, measure_colours
 
@@ -94,3 +94,15 @@ def test_unusual_but_sound_pictures_are_decoded(inspect: Look, tmp_path: Path) -
     assert inspect(tmp_path / "deep.png")["colour_spread"] == 0
     turned = inspect(tmp_path / "turned.jpg")
     assert (turned["width"], turned["height"]) == (60, 80)
+
+
+def test_the_hash_tells_one_shape_in_two_colours_apart() -> None:
+    def paint(colour: tuple[int, int, int]) -> Image.Image:
+        picture = Image.new("RGB", (64, 64), "white")
+        ImageDraw.Draw(picture).ellipse((10, 14, 54, 50), fill=colour)
+        return picture
+
+    blue, violet, pink = (hash_picture(paint(colour)) for colour in ((60, 110, 240), (150, 60, 220), (250, 120, 170)))
+    nearly_blue = hash_picture(paint((66, 112, 236)))
+    assert (blue ^ nearly_blue).bit_count() <= 2
+    assert min((blue ^ violet).bit_count(), (blue ^ pink).bit_count(), (violet ^ pink).bit_count()) >= 2

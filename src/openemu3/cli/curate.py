@@ -57,7 +57,7 @@ class CurateSource:
     """HPSv2.1 as safetensors: one more column, for choosing quality-tuning data."""
     mps_weights: Path | None = None
     """MPS as safetensors: one more column, for choosing quality-tuning data."""
-    max_hash_distance: int = 3
+    max_hash_distance: int = 2
     """Bits of 64 in which the perceptual hashes of near-duplicates differ, 0 to 8; -1 keeps near-duplicates."""
     validation_share: float = 0.0
     """Part of the samples that goes into the split "validation"."""

@@ -40,7 +40,7 @@ class ImageThresholds:
     min_aesthetic: float | None = 5.5
     max_text_coverage: float = 0.05
     min_colour_spread: float = 3.0
-    max_hash_distance: int = 3
+    max_hash_distance: int = 2
 
     def __post_init__(self) -> None:
         if min(self.min_width, self.min_height) < 1:
@@ -67,7 +67,7 @@ class VideoThresholds:
     min_motion: float = 0.001
     max_motion: float = 0.05
     min_aesthetic: float | None = 5.0
-    max_hash_distance: int = 3
+    max_hash_distance: int = 2
 
     def __post_init__(self) -> None:
         if not 0 <= self.min_motion <= self.max_motion:
