@@ -71,6 +71,7 @@ class Guard:
                     continue
                 break
             try:
+                assert child.stdout is not None  # a pipe was asked for
                 answer, returned = _receive(child.stdout, time.monotonic() + limit)
             except TimeoutError:
                 self.close()

@@ -153,7 +153,7 @@ def read_item(item: Item, max_bytes: int) -> bytes:
                 if (item.length or 0) > max_bytes:
                     raise InputError(f"item {item.id!r} is too large: {item.length} bytes, at most {max_bytes} are allowed")
                 file.seek(item.offset)
-                return file.read(item.length)
+                return file.read(-1 if item.length is None else item.length)
             return _limit(file.read(max_bytes + 1), item, max_bytes)
     except InputError:
         raise

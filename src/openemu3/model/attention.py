@@ -190,13 +190,14 @@ class _Segments:
     def varlen(self) -> "_Varlen":
         """The same segments as that kernel wants them: made once a batch, if at all."""
         if self._varlen is None:
-            bounds = [F.pad(x.cumsum(0), (1, 0)).to(torch.int32).to(self._device) for x in (self._lengths, self._key_lengths)]
+            ends = (x.cumsum(0) for x in (self._lengths, self._key_lengths))
+            bounds, key_bounds = (F.pad(x, (1, 0)).to(torch.int32).to(self._device) for x in ends)
             sources = None
             if not self._keys_in_order:
                 firsts = self._key_lengths.cumsum(0) - self._key_lengths
                 steps = torch.arange(int(self._key_lengths.sum())) - firsts.repeat_interleave(self._key_lengths)
                 sources = (self._key_starts.repeat_interleave(self._key_lengths) + steps).to(self._device)
-            self._varlen = _Varlen(*bounds, int(self._lengths.max()), int(self._key_lengths.max()), sources)
+            self._varlen = _Varlen(bounds, key_bounds, int(self._lengths.max()), int(self._key_lengths.max()), sources)
         return self._varlen
 
 
