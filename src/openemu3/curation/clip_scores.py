@@ -183,7 +183,9 @@ class MultiDimensionalPreference:
         of_clip = {n.removeprefix("model."): v for n, v in state.items() if n.startswith("model.") and not n.endswith("position_ids")}
         load_strictly(model, of_clip, path)
         of_cross = {n.removeprefix("cross_model."): v for n, v in state.items() if n.startswith("cross_model.")}
-        width: int = model.config.projection_dim
+        width = config.projection_dim
+        if width is None:
+            raise InputError(f"CLIP folder {str(clip_folder)!r} says no projection_dim in its config.json")
         cross = CrossModel(width, num_layers=1 + max((int(n.split(".")[1]) for n in of_cross), default=0), num_heads=max(1, width // 64))
         load_strictly(cross, of_cross, path)
         tokenizer = AutoTokenizer.from_pretrained(clip_folder, local_files_only=True)
