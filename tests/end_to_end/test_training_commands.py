@@ -223,3 +223,20 @@ def test_the_two_stages_in_small(work, emu3_command):
         assert [row["step"] for row in told[stage]] == [0, 2]
         assert all(row.keys() >= {"validation/image/loss_vision", "validation/video/loss_vision"} for row in told[stage])
     assert told["stage2"][0]["validation/loss"] == pytest.approx(told["stage1"][1]["validation/loss"], rel=1e-4)
+
+
+@pytest.mark.slow
+def test_torchrun_trains_on_two_processes(work, tmp_path):
+    """The same command under torchrun: sharded over two processes without being told, and the first one speaks for both."""
+    folder, _ = work
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone", "-m", "openemu3.cli"]
+    command += ["train", "language", "documents", "--tokenizers", "tokenizers", "--output", str(tmp_path / "run"), "--num-steps", "2"]
+    command += ["--context-length", "512", "--rows-per-batch", "2", "--max-validation", "4", "--save-every", "1", "--json"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["steps"] == 2  # once
+    newest = max((tmp_path / "run" / "checkpoints").iterdir())
+    assert len(list(newest.glob("*.safetensors"))) == 2
+    done = subprocess.run([*command, "--tp", "3"], cwd=folder, env=environment, capture_output=True, text=True)
+    assert done.returncode != 0 and "emu3: the mesh dp 1 x cp 1 x tp 3 has 3 ranks, but the number of processes is 2" in done.stderr

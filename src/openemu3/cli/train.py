@@ -111,7 +111,7 @@ class TrainLanguage:
         check_files("documents", self.documents)
         preset = presets.LANGUAGE_PRESETS[self.preset]
         run = self.training.apply(preset.build(self.tokenizers, self.documents, self.output, **self.training.count_steps()))
-        role_weights = run.learner.role_weights
+        role_weights, parallel = run.learner.role_weights, self.parallel.apply(run.parallel)
         unknown = self.role_weights.keys() - asdict(role_weights).keys()
         if unknown:
             raise InputError(f"role-weights names {sorted(unknown)}; allowed are {', '.join(asdict(role_weights))}")
@@ -120,8 +120,8 @@ class TrainLanguage:
             transformer=change(run.transformer, dropout=self.dropout),
             trainer=change(run.trainer, peak_flops=None if self.peak_tflops is None else self.peak_tflops * 1e12),
             learner=change(run.learner, precision=self.precision, role_weights=replace(role_weights, **self.role_weights)),
-            batches=self._build_batches(run.batches),
-            parallel=self.parallel.apply(run.parallel),
+            batches=self._build_batches(run.batches, parallel.dp),
+            parallel=parallel,
             init_from=self.init_from,
         )
         draw, prompts = None, self.prompts or preset.prompts
@@ -129,7 +129,7 @@ class TrainLanguage:
             draw = presets.build_sheet_drawer(self.tokenizers, prompts, preset.defaults, preset.image_area, run.device, self.training.seed)
         report_training(self.json, self.output, lambda: run.run(draw))
 
-    def _build_batches(self, config: LoaderConfig) -> LoaderConfig:
+    def _build_batches(self, config: LoaderConfig, dp: int) -> LoaderConfig:
         rows = self.rows_per_batch
         context = self.context_length or config.context_length
         if self.tokens_per_batch is not None:
@@ -140,8 +140,8 @@ class TrainLanguage:
                 )
             rows = self.tokens_per_batch // context
         micro = self.rows_per_micro_batch
-        if micro is None and rows is not None:
-            micro = math.gcd(rows, config.rows_per_micro_batch)
+        if micro is None:  # the preset's, or what of it divides a rank's share of the batch
+            micro = math.gcd(max(1, (rows or config.rows_per_batch) // dp), config.rows_per_micro_batch)
         mixture = None
         if self.mixture or self.shares:
             mixture = replace(config.mixture, rates=self.mixture, shares=self.shares)
