@@ -1,7 +1,8 @@
 """Every benchmark of this folder, one after the other, each beside what people use now: what `make bench` runs.
 
     python benchmarks/run.py            about a quarter of an hour on two quiet cores
-    python benchmarks/run.py --quick    about three minutes, rough numbers
+    python benchmarks/run.py --quick    about five minutes, rough numbers
+    python benchmarks/train_step.py     each of them alone, with all of its cases
 
 Each prints its ratios; the results also go to one JSON file. The surprising thing: they are separate processes, so that none inherits
 another's memory, threads or warm caches.
@@ -14,7 +15,14 @@ import sys
 import tempfile
 from pathlib import Path
 
-BENCHMARKS = ("vision_tokenizer", "generation", "tokenization", "loader", "train_step")
+# Name and flags. The step's own default takes a quarter of an hour and 15 GB by itself.
+BENCHMARKS: dict[str, tuple[str, ...]] = {
+    "vision_tokenizer": (),
+    "generation": (),
+    "tokenization": ("--quick",),
+    "loader": (),
+    "train_step": ("--quick",),
+}
 
 
 def main() -> None:
@@ -23,12 +31,12 @@ def main() -> None:
     parser.add_argument("--json", type=Path, metavar="FILE", default=Path("outputs/bench.json"), help="where the results go")
     arguments = parser.parse_args()
     results = {}
-    for name in BENCHMARKS:
+    for name, flags in BENCHMARKS.items():
         print(f"\n== {name}\n", flush=True)
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / "results.json"
             command = [sys.executable, str(Path(__file__).with_name(f"{name}.py")), "--json", str(path)]
-            subprocess.run(command + ["--quick"] * arguments.quick, check=True)
+            subprocess.run(command + (["--quick"] if arguments.quick else list(flags)), check=True)
             results[name] = json.loads(path.read_text(encoding="utf-8"))
     arguments.json.parent.mkdir(parents=True, exist_ok=True)
     arguments.json.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")

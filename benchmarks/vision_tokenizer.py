@@ -1,6 +1,6 @@
 """The vision tokenizer on a CPU: pixels to codes and back, beside transformers' `Emu3VQVAE`, same random weights.
 
-    python benchmarks/vision_tokenizer.py            about ten minutes on two quiet cores
+    python benchmarks/vision_tokenizer.py            about six minutes on two quiet cores
     python benchmarks/vision_tokenizer.py --quick    about one minute: the narrow network, one round
 
 Two widths: the published one (256 channels, 271 M parameters) and a narrow one (64 channels), with the full codebook of 32,768.
@@ -43,7 +43,7 @@ class Setting:
 def choose_settings(quick: bool, rounds: int | None) -> list[Setting]:
     if quick:
         return [Setting("narrow", dtype, rounds or 1) for dtype in ("float32", "bfloat16")]
-    return [Setting(width, dtype, rounds or (5 if width == "narrow" else 3)) for width in CHANNELS for dtype in ("float32", "bfloat16")]
+    return [Setting(width, dtype, rounds or (3 if width == "narrow" else 2)) for width in CHANNELS for dtype in ("float32", "bfloat16")]
 
 
 # ---- one side, in its own process
@@ -228,7 +228,7 @@ def main() -> None:
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="the narrow network alone, one round")
-    parser.add_argument("--rounds", type=int, help="measurements of every task (default: 5 narrow, 3 at full width; quick: 1)")
+    parser.add_argument("--rounds", type=int, help="measurements of every task (default: 3 narrow, 2 at full width; quick: 1)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the results here")
     parser.add_argument("--worker", choices=SIDES, help=argparse.SUPPRESS)
     parser.add_argument("--width", choices=CHANNELS, help=argparse.SUPPRESS)
