@@ -1,6 +1,6 @@
 """Guided pictures on a CPU: this repository's engine beside transformers' `generate`, same random weights, both in bf16.
 
-    python benchmarks/generation.py            about four minutes on two quiet cores
+    python benchmarks/generation.py            about five minutes on two quiet cores
     python benchmarks/generation.py --quick    about one minute: 16x16 alone, one round, and a few rows of the rest
 
 The model is small (512 wide, 8 layers) with the full vocabulary of 184,622 ids. transformers runs the recipe of its documentation:
@@ -243,7 +243,7 @@ def format_result(result: dict[str, Any]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="one round and fewer rows")
-    parser.add_argument("--rounds", type=int, help="measurements of every case (default 2; quick: 1)")
+    parser.add_argument("--rounds", type=int, help="measurements of every case (default 3; quick: 1)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the results here")
     parser.add_argument("--worker", choices=SIDES, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
@@ -252,7 +252,7 @@ def main() -> None:
         return
     began = time.perf_counter()
     print(f"guided pictures, 512 wide, 8 layers, 184,622 ids, bf16; {platform.processor() or platform.machine()}; seconds for the batch")
-    results = run(arguments.quick, arguments.rounds or (1 if arguments.quick else 2))
+    results = run(arguments.quick, arguments.rounds or (1 if arguments.quick else 3))
     print(f"in {time.perf_counter() - began:.0f} s")
     if arguments.json:
         arguments.json.write_text(json.dumps(results, indent=2) + "\n")
