@@ -92,6 +92,12 @@ def test_no_text_is_cut_into_crumbs(pictures, texts, context_length):
             assert length == lengths[piece.document] or length >= context_length // 256
 
 
+def test_what_is_left_of_a_cut_text_is_worth_a_place():
+    """The gaps are 1,060 each, and a crumb is less than 10: of 1,064 tokens 1,054 go first, so that not 4 but 10 are left."""
+    packing = pack([1500, 1500, 1064], [False, False, True], 2560)
+    assert sorted(piece.stop - piece.start for row in packing.rows for piece in row) == [10, 1054, 1500, 1500]
+
+
 def test_vision_that_no_row_holds_is_told():
     with pytest.raises(InputError, match="document 1 holds vision and has 11 tokens; a row has 10, and vision is not cut"):
         pack([10, 11], [False, False], 10)
