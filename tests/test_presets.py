@@ -95,9 +95,9 @@ def test_a_preset_is_whole_at_any_length(num_steps):
     assert vision.tokenizer == decoder.tokenizer == presets.MINI_VISION_TOKENIZER and language.transformer == presets.MINI_TRANSFORMER
 
 
-def test_the_mini_model_was_trained_with_these_numbers():
+def test_numbers_of_the_mini_tokenizers_preset():
     vision = presets.build_mini_vision_run(SAMPLES, FOLDER)
-    assert (vision.trainer.num_steps, vision.learner.continuous_steps, vision.learner.restart_until) == (1600, 100, 1200)
+    assert (vision.trainer.num_steps, vision.learner.continuous_steps, vision.learner.restart_until) == (3000, 100, 1500)
     assert vision.learner.optimizer.learning_rate == 1e-3 and vision.batches.images_per_batch == 16
 
 

@@ -22,7 +22,6 @@ from openemu3.generation.tasks import Emu3, TaskDefaults
 from openemu3.media import from_pil, write_image
 from openemu3.model.transformer import Transformer, TransformerConfig
 from openemu3.records import InputError
-from openemu3.tokenization.encode import EncodeConfig
 from openemu3.tokenization.vision import MINI_VISION_TOKENIZER
 from openemu3.training.export import load_tokenizers
 from openemu3.training.language_learner import LanguageLearnerConfig, RoleWeights
@@ -57,7 +56,6 @@ MINI_PROMPTS = (  # what a language run draws again and again, so that progress 
     "立体 枫叶",
     "扁平 臭鼬",
 )
-MINI_ENCODE = EncodeConfig(clip_stride=16)  # one document a clip: the first two of its three seconds
 MINI_DEFAULTS = TaskDefaults(
     prompt_suffix="",
     negative_prompt="",
