@@ -15,6 +15,7 @@ from openemu3.model.layouts import ModelConfig
 from openemu3.model.transformer import Transformer, TransformerConfig, build_transformer
 from openemu3.model.weights import save_config, save_state
 from openemu3.records import InputError
+from openemu3.tokenization.encode import EncodeConfig
 from openemu3.tokenization.sequence import Vocabulary
 from openemu3.tokenization.text import train_text_tokenizer
 from openemu3.tokenization.vision import VisionTokenizer, VisionTokenizerConfig
@@ -39,7 +40,7 @@ def test_the_mini_models_parts_fit_together_and_into_the_package():
     assert 2 * (count_parameters(Transformer(presets.MINI_TRANSFORMER)) + count_parameters(tokenizer)) < 39e6  # bytes of bf16
     # The longest sequence is a clip of 4 latent frames of 8 x 8: it fits, with words to spare.
     assert 4 * (8 * 9 + 1) + 60 < presets.MINI_TRANSFORMER.max_positions
-    assert presets.MINI_DEFAULTS.clip_frames == presets.MINI_ENCODE.clip_frames == 16
+    assert presets.MINI_DEFAULTS.clip_frames == EncodeConfig().clip_frames == 16
     assert presets.MINI_DEFAULTS.min_pixels == presets.MINI_DEFAULTS.max_pixels == presets.MINI_IMAGE_AREA == 64 * 64
     assert presets.MINI_DEFAULTS.question is None  # documents of the recipe have the caption right after the picture
 
