@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from openemu3.data.shards import CACHE_FOLDER, DOCUMENTS_SCHEMA, DocumentStore, encode_runs, list_shards, write_documents
+from openemu3.data.shards import CACHE_FOLDER, DOCUMENTS_SCHEMA, DocumentStore, encode_runs, list_shards, spread_evenly, write_documents
 from openemu3.records import InputError
 from openemu3.tokenization.sequence import Role
 
@@ -190,3 +190,15 @@ def test_a_folder_is_taken_when_it_is_complete(shard, tmp_path):
     (tmp_path / "manifest.json").write_text("{")
     with pytest.raises(InputError, match=r"manifest.json is damaged"):
         list_shards([tmp_path])
+
+
+@pytest.mark.parametrize(("count", "most"), [(10, 20), (3938, 64), (1000, 999), (7, 1)])
+def test_spread_evenly_meets_every_part_and_both_parities(count, most):
+    chosen = list(spread_evenly(count, most))
+    assert chosen == sorted(set(chosen)) and 0 <= chosen[0] and chosen[-1] < count
+    assert min(count, most) * 0.7 <= len(chosen) <= most or chosen == list(range(count))
+    gaps = [after - before for before, after in zip([0, *chosen], [*chosen, count], strict=True)]
+    assert max(gaps) <= 3 * count / min(count, most) + 1
+    if most >= 16:
+        odd = sum(number % 2 for number in chosen)
+        assert 0.3 < odd / len(chosen) < 0.7

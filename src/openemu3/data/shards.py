@@ -308,5 +308,11 @@ def _lock(path: Path) -> Iterator[None]:
 
 
 def spread_evenly(count: int, most: int) -> Sequence[int]:
-    """Up to `most` of the numbers below `count`, evenly spread."""
-    return range(0, count, max(1, -(-count // most)))
+    """Up to `most` of the numbers below `count`, rising and evenly spread.
+
+    Steps of the golden ratio, not one stride: documents alternate (draw, describe, draw, ...), and a stride would meet one kind alone.
+    """
+    if count <= most:
+        return range(count)
+    golden = (5**0.5 - 1) / 2
+    return sorted({int(count * (index * golden % 1)) for index in range(most)})
