@@ -5,10 +5,10 @@
 #
 #   --work      where everything goes (default: runs/post_training, or runs/post_training_smoke); the result is WORK/report.html
 #   --model     the model to begin with, a folder or "mini" (default), the one that is part of the package
-#   --samples   folder with images.parquet, as recipes/mini/select_core.py writes it (default: .cache/mini_core2)
+#   --samples   folder with images.parquet, as recipes/mini/select_core.py writes it (default: .cache/mini_core)
 #   --smoke     the same steps in a minute or two: it shows that everything is in place, the numbers mean nothing
 #
-# Voters are scripts that like warm colours and vote through the voting server's HTTP interface into its database. Scores to select by are
+# Voters are scripts that like large subjects and vote through the voting server's HTTP interface into its database. Scores to select by are
 # measures of pixels, since HPSv2.1, MPS and the LAION aesthetic head cannot be had here; see docs/post_training.md.
 # Stop it whenever you like and start it again: what is complete is skipped, and a training goes on from its last checkpoint.
 # Needs: pip install -e '.[preferences]'
@@ -17,7 +17,7 @@ set -euo pipefail
 caller=$PWD
 cd "$(dirname "$0")/.."
 
-smoke=false work= model=mini samples=.cache/mini_core2
+smoke=false work= model=mini samples=.cache/mini_core
 while (($#)); do
     case $1 in
     --smoke) smoke=true ;;
@@ -59,8 +59,9 @@ images=$samples/images.parquet
 parts=recipes/post_training
 
 # Full size, and what is small in a smoke test.
-scored=() prompts=(--num-prompts 160 --num-heldout 120) candidates=8
-qft=(--num-steps 150) dpo=(--num-steps 200) image_to_text=(--num-steps 150) instruct=(--num-steps 600)
+# Once through the pairs is enough, and more is harmful: the mini model learns them by heart at the second sight of them.
+scored=() prompts=(--num-prompts 640 --num-heldout 96) candidates=8
+qft=(--num-steps 50) dpo=(--num-steps 64) image_to_text=(--num-steps 100) instruct=(--num-steps 600)
 questions=() report=()
 rows=(--rows-per-batch 4 --rows-per-micro-batch 4 --context-length 512)
 pairs_per_batch=8
@@ -101,7 +102,7 @@ fi
 if [[ -e $work/qft_model/config.json ]]; then
     done_already "$work/qft_model"
 else
-    emu3 train qft "$work/best_documents" --model "$model" --output "$work/qft" --learning-rate 1e-4 --validation-split heldout_combination \
+    emu3 train qft "$work/best_documents" --model "$model" --output "$work/qft" --learning-rate 5e-5 --validation-split heldout_combination \
         "${rows[@]}" "${qft[@]}"
     emu3 export model "$work/qft" --tokenizers "$tokenizers" --output "$work/qft_model"
 fi
@@ -133,7 +134,7 @@ else
         cat "$work/preferences/server.log" >&2
         exit 1
     }
-    python $parts/vote.py --address "$address" --database "$database" --samples "$images" --taste warmth
+    python $parts/vote.py --address "$address" --database "$database" --samples "$images" --taste size
     kill -INT $server
     wait $server || true
     trap - EXIT
@@ -148,8 +149,8 @@ if [[ -e $work/dpo_model/config.json ]]; then
 else
     held_out=(--held-out-share 0.1)
     if $smoke; then held_out=(--held-out-share 0); fi
-    emu3 train dpo "$work/preferences/pairs.parquet" --model "$work/qft_model" --output "$work/dpo" --learning-rate 5e-5 \
-        --pairs-per-batch $pairs_per_batch "${held_out[@]}" "${dpo[@]}"
+    emu3 train dpo "$work/preferences/pairs.parquet" --model "$work/qft_model" --output "$work/dpo" --learning-rate 1e-4 \
+        --warmup-steps 2 --beta 0.05 --cross-entropy-weight 0.05 --pairs-per-batch $pairs_per_batch "${held_out[@]}" "${dpo[@]}"
     emu3 export model "$work/dpo" --tokenizers "$work/qft_model" --output "$work/dpo_model"
 fi
 
@@ -186,4 +187,4 @@ else
 fi
 
 step "9/9 the report"
-python $parts/report.py --work "$work" --samples "$images" --base "$model" --taste warmth ${report[@]+"${report[@]}"}
+python $parts/report.py --work "$work" --samples "$images" --base "$model" --taste size ${report[@]+"${report[@]}"}

@@ -57,7 +57,7 @@ class Report:
     """Parquet file of all real pictures."""
     base: str = "mini"
     """The model that the recipe began with."""
-    taste: Literal["warmth", "size"] = "warmth"
+    taste: Literal["warmth", "size"] = "size"
     """What the voters like."""
     num_seeds: int = 2
     """Pictures drawn of each prompt, for the win rate."""
@@ -204,6 +204,7 @@ def make_sheet(kinds: Sequence[Tensor], columns: int = 20, max_pictures: int = 6
     """Pictures of several kinds [N, 3, H, W], one kind a row, `columns` to a line, with a gap between the lines."""
     height, width = kinds[0].shape[2:]
     number = min(max_pictures, len(kinds[0]))
+    columns = min(columns, number)
     lines = -(-number // columns)
     sheet = Image.new("RGB", (columns * width, lines * (len(kinds) * height + 8)), "white")
     for index in range(number):

@@ -3,7 +3,7 @@
 HPSv2.1, MPS and the LAION aesthetic head cannot be had inside package registries, so three measures of pixels stand in for them here; they
 are named as what they are. In: images.parquet of the mini core. Out: the pictures of it with three scores more.
 
-    python recipes/post_training/score_samples.py --samples .cache/mini_core2/images.parquet --output runs/post_training/scored.parquet
+    python recipes/post_training/score_samples.py --samples .cache/mini_core/images.parquet --output runs/post_training/scored.parquet
 """
 
 from __future__ import annotations
