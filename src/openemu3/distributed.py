@@ -118,7 +118,16 @@ def start_distributed(config: ParallelConfig, device: str = "cpu") -> DeviceMesh
         raise InputError(
             f"the {num_processes} processes did not find each other within {config.timeout_seconds:g} seconds ({reason})"
         ) from error
-    return init_device_mesh(kind, (config.dp, config.cp, config.tp), mesh_dim_names=("dp", "cp", "tp"))
+    return limit_waiting(init_device_mesh(kind, (config.dp, config.cp, config.tp), mesh_dim_names=("dp", "cp", "tp")))
+
+
+def limit_waiting(mesh: DeviceMesh) -> DeviceMesh:
+    """Give the groups of a mesh the timeout of the whole run; torch gives those that it makes half an hour. Returns the mesh."""
+    assert dist.group.WORLD is not None  # a mesh exists, so the run has begun
+    timeout = dist.group.WORLD._get_backend(torch.device(mesh.device_type)).options._timeout
+    for group in mesh.get_all_groups():
+        dist.distributed_c10d._set_pg_timeout(timeout, group)
+    return mesh
 
 
 def read_whole_number(variable: str, default: int) -> int:

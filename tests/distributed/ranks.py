@@ -2,7 +2,7 @@
 
     python ranks.py OUTPUT equal CASE ...     each case of CASES on its ranks and on one: CASE.json and CASE.safetensors, and single-...
     python ranks.py OUTPUT pieces             a checkpoint written by 4 ranks, read by 1 and by 2; the loss of a head in 2 parts
-    python ranks.py OUTPUT lost               one of 3 ranks is killed in the middle of a training; then one stands still
+    python ranks.py OUTPUT lost               one of 3 ranks is killed in the middle of a training; then one of dp2 x tp2 stands still
 
 Ranks are forked children, so that torch is imported once. Prints the exit codes of all ranks as JSON.
 """
@@ -282,12 +282,12 @@ def compare_cross_entropy() -> list[int]:
     return run_ranks(2, [compare])
 
 
-def lose_rank(signal_number: signal.Signals, timeout: float) -> list[int]:
-    """Rank 1 of 3 gets a signal in its second step; the others are to end by themselves."""
+def lose_rank(signal_number: signal.Signals, parallel: ParallelConfig) -> list[int]:
+    """Rank 1 gets a signal in its second step; the others are to end by themselves."""
 
     def train_and_fail() -> None:
-        with distributed_run(ParallelConfig(dp=3, timeout_seconds=timeout)) as mesh:
-            transformer, optimizer = build(mesh, ParallelConfig(dp=3), seed=0)
+        with distributed_run(parallel) as mesh:
+            transformer, optimizer = build(mesh, parallel, seed=0)
             for step in range(100):
                 rows = make_rows(step, 1)
                 if step == 1 and dist.get_rank() == 1:
@@ -296,7 +296,7 @@ def lose_rank(signal_number: signal.Signals, timeout: float) -> list[int]:
                 compute_cross_entropy(hidden[0], transformer.lm_head.weight, rows.token_ids[0], torch.ones(NUM_TOKENS))[0].backward()
                 optimizer.step()
 
-    return run_ranks(3, [train_and_fail])
+    return run_ranks(parallel.num_ranks, [train_and_fail])
 
 
 def find_port() -> int:
@@ -352,5 +352,6 @@ if __name__ == "__main__":
     elif what == "pieces":
         found = write_and_read_checkpoint(folder) + compare_cross_entropy()
     else:
-        found = lose_rank(signal.SIGKILL, TIMEOUT) + lose_rank(signal.SIGSTOP, 2.0)
+        found = lose_rank(signal.SIGKILL, ParallelConfig(dp=3, timeout_seconds=TIMEOUT))
+        found += lose_rank(signal.SIGSTOP, ParallelConfig(dp=2, tp=2, timeout_seconds=2.0))
     json.dump(found, sys.stdout)

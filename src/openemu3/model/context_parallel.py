@@ -24,6 +24,7 @@ from torch.distributed._functional_collectives import all_to_all_single_autograd
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
 
+from openemu3.distributed import limit_waiting
 from openemu3.model.attention import PackedAttention, PieceAttention
 from openemu3.model.transformer import TransformerConfig
 from openemu3.records import InputError
@@ -46,7 +47,7 @@ class ContextSplit:
             return
         self.rank = mesh["cp"].get_local_rank()
         # Exchanging ranks are neighbours: every layer exchanges four times, forward and back.
-        ranks = mesh["cp"]._unflatten(0, (self.num_groups, self.width), ("gather", "exchange"))
+        ranks = limit_waiting(mesh["cp"]._unflatten(0, (self.num_groups, self.width), ("gather", "exchange")))
         self._exchange_group, self._gather_mesh = ranks["exchange"].get_group(), ranks["gather"]
 
     def check_length(self, num_tokens: int) -> None:

@@ -30,7 +30,7 @@ from torch.distributed.tensor.parallel import (
 )
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
-from openemu3.distributed import ParallelConfig
+from openemu3.distributed import ParallelConfig, limit_waiting
 from openemu3.model.transformer import Transformer, TransformerConfig, draw_parameter
 from openemu3.records import InputError
 
@@ -57,7 +57,7 @@ def parallelize(
         sharding = build_sharding_mesh(mesh, config.replicate)
         apply_fsdp(transformer, sharding, compute_dtype)
         if config.tp > 1:
-            DeviceMesh._concatenate([sharding, mesh["tp"]])._flatten("all")  # lets norms over all ranks be one collective
+            limit_waiting(DeviceMesh._concatenate([sharding, mesh["tp"]])._flatten("all"))  # lets norms over all ranks be one collective
 
 
 def check_sizes(model: TransformerConfig, config: ParallelConfig) -> None:
@@ -155,9 +155,9 @@ def build_sharding_mesh(mesh: DeviceMesh, replicate: int) -> DeviceMesh:
     The ranks of cp hold the same weights while computing, like those of dp, so they share in storing them.
     """
     if replicate == 1:
-        return mesh["dp", "cp"]._flatten("dp_cp")
+        return limit_waiting(mesh["dp", "cp"]._flatten("dp_cp"))
     split = mesh._unflatten("dp", (replicate, mesh["dp"].size() // replicate), ("replicate", "shard"))
-    return DeviceMesh._concatenate([split["replicate"], split["shard", "cp"]._flatten("shard_cp")])
+    return limit_waiting(DeviceMesh._concatenate([split["replicate"], split["shard", "cp"]._flatten("shard_cp")]))
 
 
 def apply_fsdp(transformer: Transformer, mesh: DeviceMesh, compute_dtype: torch.dtype | None = None) -> None:

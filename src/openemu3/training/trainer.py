@@ -264,8 +264,8 @@ def due(step: int, every: int) -> bool:
 
 
 def seed_step(seed: int, step: int, mesh: DeviceMesh | None) -> None:
-    """Make torch's global generator a function of the step; ranks that hold different tokens draw different numbers."""
-    ranks = () if mesh is None else (mesh["dp"].get_local_rank(), mesh["cp"].get_local_rank())
+    """Make torch's global generator a function of the step; every rank draws other numbers, since each has other tokens or heads."""
+    ranks = () if mesh is None else tuple(mesh[name].get_local_rank() for name in ("dp", "cp", "tp"))
     # Hashed, because torch's CPU generator looks at the lowest 32 bits of a seed alone.
     torch.manual_seed(int(np.random.SeedSequence((seed, step, *ranks)).generate_state(1)[0]))
 
