@@ -71,6 +71,7 @@ def fetch_packages(packages: tuple[Package, ...], folder: Path) -> list[Path]:
 
     Raises InputError if npm is not installed or fails, or if what it brings is not what was published.
     """
+    folder = folder.resolve()  # npm runs in a folder of its own
     folder.mkdir(parents=True, exist_ok=True)
     columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TimeElapsedColumn())
     with Progress(*columns) as progress:

@@ -124,9 +124,10 @@ def start_distributed(config: ParallelConfig, device: str = "cpu") -> DeviceMesh
 def limit_waiting(mesh: DeviceMesh) -> DeviceMesh:
     """Give the groups of a mesh the timeout of the whole run; torch gives those that it makes half an hour. Returns the mesh."""
     assert dist.group.WORLD is not None  # a mesh exists, so the run has begun
-    timeout = dist.group.WORLD._get_backend(torch.device(mesh.device_type)).options._timeout
-    for group in mesh.get_all_groups():
-        dist.distributed_c10d._set_pg_timeout(timeout, group)
+    options = dist.group.WORLD._get_backend(torch.device(mesh.device_type)).options
+    if options is not None:  # torch's fake backend, with which a plan is tried on many ranks, has none: nobody waits there
+        for group in mesh.get_all_groups():
+            dist.distributed_c10d._set_pg_timeout(options._timeout, group)
     return mesh
 
 

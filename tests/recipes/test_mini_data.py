@@ -456,6 +456,18 @@ def test_a_failing_or_lying_npm_is_said_and_leaves_nothing(tmp_path: Path) -> No
     assert list(folder.iterdir()) == []
 
 
+def test_a_folder_may_be_relative(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """npm runs in a folder of its own, and recipes/mini_cpu.sh names .cache/npm."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "bin").mkdir()
+    # What npm does with its fifth argument, the destination, and a tarball of four bytes.
+    write_npm(tmp_path / "bin", 'printf 1234 > "$5/scope-some-1.0.0.tgz"')
+    monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}:{os.environ['PATH']}")
+    package = fetch_data.Package("@scope/some", "1.0.0", 4, "03ac674216f3e15c761ee1a5e255f067953623c8b388b4459e13f978d7c846f4")
+    (path,) = fetch_data.fetch_packages((package,), Path("packages"))
+    assert path.read_bytes() == b"1234" and [*(tmp_path / "packages").iterdir()] == [path]
+
+
 def test_what_is_there_and_whole_is_not_fetched_again(tmp_path: Path) -> None:
     package = fetch_data.Package("@scope/some", "1.0.0", 4, "03ac674216f3e15c761ee1a5e255f067953623c8b388b4459e13f978d7c846f4")
     assert package.file_name == "scope-some-1.0.0.tgz"
