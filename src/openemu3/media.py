@@ -466,8 +466,8 @@ def write_video(path: str | os.PathLike[str], pixels: torch.Tensor | Iterable[to
                     if stream is None:
                         stream = container.add_stream("libx264", rate=Fraction(fps).limit_denominator(100_000))
                         stream.height, stream.width, stream.pix_fmt = array.shape[0], array.shape[1], "yuv420p"
-                        # One thread: with more, x264 now and then writes other bytes for the same frames (4 of 400 tiny clips).
-                        stream.options = {"crf": "18", "threads": "1"}
+                        # One thread and no macroblock tree: with either, x264 now and then writes other bytes for the same frames.
+                        stream.options = {"crf": "18", "threads": "1", "mbtree": "0"}
                         stream.codec_context.color_range, stream.codec_context.colorspace = 1, 1
                         stream.codec_context.color_primaries, stream.codec_context.color_trc = 1, 1
                     elif array.shape[:2] != (stream.height, stream.width):
