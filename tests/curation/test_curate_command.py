@@ -62,10 +62,12 @@ def test_the_chain_from_a_film_to_documents(tmp_path: Path, capsys: pytest.Captu
     folder.mkdir()
     write_film(folder / "film.mp4")
     (folder / "film.txt").write_text("squares that wander")
+    (folder / "same.mp4").write_bytes((folder / "film.mp4").read_bytes())
     (folder / "broken.mp4").write_bytes(b"\0\0\0\x18ftypmp42 nothing more")
     flags = ["--no-aesthetic", "--min-short-edge", 48, "--max-motion", 1, "--max-hash-distance", -1, "--max-text-coverage", 1]
     answer = run(capsys, "curate", "videos", folder, "--output", out, *flags)
     assert answer["kept"] == 2 and answer["funnel"][0]["dropped"] == {"unreadable": 1}
+    assert answer["funnel"][-1]["dropped"] == {"the same file": 2}
     samples = list(read_samples(answer["files"][0]))
     assert [sample.attributes["start"] for sample in samples] == ["0.0", "1.6"]
     assert [sample.id for sample in samples] == ["films/film.mp4@0-16", "films/film.mp4@16-32"]

@@ -9,7 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from openemu3.curation.filters import ImageThresholds, VideoThresholds, check_scores, decide, find_duplicates
+from openemu3.curation import filters
+from openemu3.curation.filters import ImageThresholds, VideoThresholds, check_scores, decide, find_alike, find_duplicates
 from openemu3.records import InputError
 
 
@@ -143,6 +144,26 @@ def test_duplicates_are_those_that_comparing_all_with_all_finds(data: st.DataObj
     expected = compare_all(digests, hashes, ranks, distance)
     assert [parent >= 0 for parent in found.tolist()] == [parent >= 0 for parent in expected]
     assert found.tolist() == expected
+
+
+@pytest.mark.parametrize("distance", [-1, 0, 2, 8])
+@pytest.mark.parametrize("rows_at_once", [16, 1 << 16])
+def test_rows_that_are_alike_are_found_whatever_the_blocks(distance: int, rows_at_once: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(filters, "_ROWS_AT_ONCE", rows_at_once)
+    random = np.random.default_rng(distance + 1)
+    hashes = random.integers(0, 2**64, 300, dtype=np.uint64)
+    hashes[100:200] = hashes[:100] ^ np.bitwise_or.reduce(np.uint64(1) << random.integers(0, 64, (9, 100), dtype=np.uint64))
+    hashes[200:250] = hashes[50:100] ^ (np.uint64(1) << random.integers(0, 64, 50, dtype=np.uint64))
+    hashes[290:] = 7
+    digests = random.integers(0, 2000, 300).astype(np.uint64)
+    near = np.bitwise_count(hashes[:, None] ^ hashes[None, :]) <= distance if distance >= 0 else np.zeros((300, 300), bool)
+    same = near | (digests[:, None] == digests[None, :])
+    np.fill_diagonal(same, False)
+    expected = same.any(0)
+    assert 0 < expected.sum() < 300
+    assert find_alike(digests, hashes, distance).tolist() == expected.tolist()
+    duplicates = find_duplicates(digests, hashes, np.arange(300), distance)
+    assert not (duplicates >= 0)[~expected].any()  # so that only rows that are alike need to be looked at
 
 
 def test_planted_near_duplicates_among_many_are_all_found() -> None:

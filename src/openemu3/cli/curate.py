@@ -180,11 +180,11 @@ class CurateReport:
     def run(self) -> None:
         from dataclasses import fields, replace
 
-        from openemu3.curation.pipeline import Run, decide_all, read_decisions
+        from openemu3.curation.pipeline import Run, decide_all, read_thresholds
 
         began = time.monotonic()
         run = Run.load(self.run_folder)
-        _, thresholds = read_decisions(run)
+        thresholds = read_thresholds(run)
         known = {field.name for field in fields(thresholds)}
         given = {
             name: getattr(self, name)

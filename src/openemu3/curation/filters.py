@@ -195,6 +195,55 @@ def check_scores(counts: Mapping[str, int], thresholds: Thresholds) -> None:
 # ------------------------------------------------------------------------------------------------------------------------------- duplicates
 
 
+def find_alike(digests: NDArray[np.uint64], hashes: NDArray[np.uint64], max_distance: int) -> NDArray[np.bool_]:
+    """Which rows have another one with the same digest, or a hash that differs in at most `max_distance` bits (-1: are not looked at).
+
+    Only these can be duplicates; see `find_duplicates`. Rows are looked at in blocks that share some bits, so that what is held beside the
+    arguments and the answer (1 byte a row) does not grow with the rows.
+    """
+    alike = np.zeros(len(hashes), bool)
+    for rows in _split_rows(digests, 0, 64):
+        alike[rows[_is_repeated(digests[rows])]] = True
+    if max_distance < 0:
+        return alike
+    edges = np.linspace(0, 64, max_distance + 2).astype(int)
+    for low, high in zip(edges, edges[1:], strict=False):
+        for rows in _split_rows(hashes, int(low), int(high)):
+            for one, other in _iterate_pairs(hashes[rows], int(low), int(high), max_distance):
+                alike[rows[one]] = alike[rows[other]] = True
+    return alike
+
+
+_ROWS_AT_ONCE = 1 << 16
+
+
+def _split_rows(keys: NDArray[np.uint64], low: int, high: int) -> Iterator[NDArray[np.int64]]:
+    """Rows in blocks of about _ROWS_AT_ONCE, if their bits low ... high - 1 differ enough; rows with the same bits are in one block."""
+    bits = max(0, (len(keys) // _ROWS_AT_ONCE).bit_length())
+    for block in range(1 << bits):
+        found = []
+        for first in range(0, len(keys), _ROWS_AT_ONCE):
+            stretch = _take_bits(keys[first : first + _ROWS_AT_ONCE], low, high)
+            # Multiplied by the golden ratio, so that blocks are even where the bits are not.
+            blocks = (stretch * np.uint64(0x9E3779B97F4A7C15)) >> np.uint64(63 - bits) >> np.uint64(1)
+            found.append(np.flatnonzero(blocks == block) + first)
+        if found:
+            yield np.concatenate(found)
+
+
+def _take_bits(keys: NDArray[np.uint64], low: int, high: int) -> NDArray[np.uint64]:
+    taken: NDArray[np.uint64] = (keys >> np.uint64(low)) & np.uint64((1 << (high - low)) - 1)
+    return taken
+
+
+def _is_repeated(keys: NDArray[np.uint64]) -> Mask:
+    order = np.argsort(keys)
+    same = np.concatenate([keys[order[1:]] == keys[order[:-1]], [False]])
+    repeated = np.zeros(len(keys), bool)
+    repeated[order] = same | np.roll(same, 1)
+    return repeated
+
+
 def find_duplicates(digests: NDArray[np.uint64], hashes: NDArray[np.uint64], ranks: NDArray[Any], max_distance: int) -> NDArray[np.int64]:
     """For each row the row that it duplicates, or -1 for itself the one to keep.
 
@@ -243,16 +292,23 @@ def _find_pairs(hashes: NDArray[np.uint64], max_distance: int) -> tuple[NDArray[
     edges = np.linspace(0, 64, max_distance + 2).astype(int)
     found: list[NDArray[np.int64]] = [np.empty(0, np.int64)]
     for low, high in zip(edges, edges[1:], strict=False):
-        stretch = (hashes >> np.uint64(low)) & np.uint64((1 << int(high - low)) - 1)
-        order = np.argsort(stretch, kind="stable")
-        ordered, in_order = stretch[order], hashes[order]
-        starts, shift = np.arange(len(order) - 1), 1
-        while len(starts):  # neighbours at growing distance, for as long as any two there share the stretch
-            starts = starts[starts + shift < len(order)]
-            starts = starts[ordered[starts] == ordered[starts + shift]]
-            near = starts[np.bitwise_count(in_order[starts] ^ in_order[starts + shift]) <= max_distance]
-            one, other = order[near], order[near + shift]
-            found.append(np.minimum(one, other) * len(order) + np.maximum(one, other))
-            shift += 1
+        for one, other in _iterate_pairs(hashes, int(low), int(high), max_distance):
+            found.append(np.minimum(one, other) * len(hashes) + np.maximum(one, other))
     pairs = np.unique(np.concatenate(found))
-    return pairs // len(order), pairs % len(order)
+    return pairs // len(hashes), pairs % len(hashes)
+
+
+def _iterate_pairs(
+    hashes: NDArray[np.uint64], low: int, high: int, max_distance: int
+) -> Iterator[tuple[NDArray[np.int64], NDArray[np.int64]]]:
+    """Pairs of rows with the same bits low ... high - 1 that differ in at most so many bits, some at a time."""
+    stretch = _take_bits(hashes, low, high)
+    order = np.argsort(stretch, kind="stable")
+    ordered, in_order = stretch[order], hashes[order]
+    starts, shift = np.arange(len(order) - 1), 1
+    while len(starts):  # neighbours at growing distance, for as long as any two there share the stretch
+        starts = starts[starts + shift < len(order)]
+        starts = starts[ordered[starts] == ordered[starts + shift]]
+        near = starts[np.bitwise_count(in_order[starts] ^ in_order[starts + shift]) <= max_distance]
+        yield order[near], order[near + shift]
+        shift += 1

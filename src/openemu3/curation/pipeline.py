@@ -18,13 +18,16 @@ import hashlib
 import json
 import shutil
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from array import array
+from collections import Counter
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
@@ -297,7 +300,7 @@ class _UnfinishedPart:
 
 # -------------------------------------------------------------------------------------------------------------------------------- decisions
 
-_DECIDING = ("reason", "width", "height", "seconds", "hash", "sha256", *SCORES)
+_DECIDING = ("reason", "width", "height", "seconds", "start_frame", "hash", "sha256", *SCORES)
 
 
 def read_parts(run: Run, columns: Sequence[str]) -> Iterator[pa.Table]:
@@ -326,79 +329,130 @@ def to_rows(table: pa.Table) -> dict[str, NDArray[Any]]:
 def decide_all(run: Run, thresholds: Thresholds) -> dict[str, int]:
     """Applies thresholds to the scores and writes decisions.parquet; returns how many items each (step: reason) refused, and "kept".
 
-    Held: about 40 bytes for each row that passes all steps but the search for duplicates, and the decisions.
+    The scores are read as a stream, two or three times. Held: 17 bytes for each row that passes all steps, about 200 for each of those that
+    resemble another one, and a fixed number of rows that are being worked on.
     """
     is_image = isinstance(thresholds, ImageThresholds)
     if is_image != (run.config.source.kind == "image"):
         raise InputError(f"the run in {str(run.folder)!r} is one of {run.config.source.kind}s; these thresholds are for the other kind")
-    steps: list[NDArray[np.object_]] = []
-    reasons: list[NDArray[np.object_]] = []
-    positions, digests, hashes, ranks = [], [], [], []
+    digests, hashes = array("Q"), array("Q")
     scored = dict.fromkeys(SCORES, 0)
-    offset = decodable = 0
-    for table in read_parts(run, [*_DECIDING, "captions"]):
-        rows = to_rows(table.select(list(_DECIDING)))
+    decodable = 0
+    for table in read_parts(run, _DECIDING):
+        rows = to_rows(table)
         for name in SCORES:
             scored[name] += int(np.count_nonzero(~np.isnan(rows[name])))
         decodable += int(np.count_nonzero(rows["reason"] == ""))
-        step, reason = filters.decide(rows, thresholds)
-        steps.append(step)
-        reasons.append(reason)
-        alive = np.flatnonzero(step == "")
-        positions.append(alive + offset)
-        digests.append(np.array([int(value[:16] or "0", 16) for value in rows["sha256"][alive]], np.uint64))
-        hashes.append(rows["hash"][alive].astype(np.uint64))
-        # Of duplicates one that has a caption is kept; of these the largest, and of these the one that pleases most.
-        pleasing = np.nan_to_num(rows["aesthetic"][alive], nan=0.0)
-        captioned = np.diff(table.column("captions").combine_chunks().offsets.to_numpy())[alive] > 0
-        ranks.append(-(captioned * 1e12 + rows["width"][alive] * rows["height"][alive] + pleasing / 100))
-        offset += len(step)
+        alive = np.flatnonzero(filters.decide(rows, thresholds)[0] == "")
+        digests.frombytes(_digest_rows(rows, alive).tobytes())
+        hashes.frombytes(rows["hash"][alive].astype(np.uint64).tobytes())
     if decodable:
         filters.check_scores(scored, thresholds)
-    step, reason = np.concatenate([np.empty(0, object), *steps]), np.concatenate([np.empty(0, object), *reasons])
-    position = np.concatenate([np.empty(0, np.int64), *positions]).astype(np.int64)
-    digest = np.concatenate([np.empty(0, np.uint64), *digests])
-    picture_hash = np.concatenate([np.empty(0, np.uint64), *hashes])
-    rank = np.concatenate([np.empty(0), *ranks])
-    if not is_image:  # clips of one film share the file
-        digest = digest ^ (np.arange(len(digest), dtype=np.uint64) << np.uint64(1))
-    duplicates = filters.find_duplicates(digest, picture_hash, rank, thresholds.max_hash_distance)
+    repeated = _find_repeated(run, thresholds, np.frombuffer(digests, np.uint64), np.frombuffer(hashes, np.uint64))
+    return _write_decisions(run, thresholds, repeated)
+
+
+@dataclass(frozen=True, eq=False)
+class _Repeated:
+    """Rows that duplicate another one, ascending: their numbers, those of the rows they duplicate, and whether the files are the same."""
+
+    rows: NDArray[np.int64]
+    originals: NDArray[np.int64]
+    exact: NDArray[np.bool_]
+
+
+def _digest_rows(rows: filters.Rows, which: NDArray[np.int64]) -> NDArray[np.uint64]:
+    """64 bits that say which bytes a row is of. Clips of one film share its file, so that their first frame is part of it."""
+    digests = np.array([int(value[:16] or "0", 16) for value in rows["sha256"][which]], np.uint64)
+    first = np.nan_to_num(rows["start_frame"][which], nan=-1.0).astype(np.int64).astype(np.uint64) + np.uint64(1)
+    return digests ^ (first * np.uint64(0x9E3779B97F4A7C15))  # 0 for pictures; wraps around
+
+
+def _find_repeated(run: Run, thresholds: Thresholds, digests: NDArray[np.uint64], hashes: NDArray[np.uint64]) -> _Repeated:
+    """The duplicates among rows that pass all steps. What says which of like rows is best is read again, for those alone: few are."""
+    alike = filters.find_alike(digests, hashes, thresholds.max_hash_distance)
+    numbers, ranks = [np.empty(0, np.int64)], [np.empty(0)]
+    offset = seen = 0
+    for table in read_parts(run, [*_DECIDING, "captions"]) if alike.any() else ():
+        rows = to_rows(table.select(list(_DECIDING)))
+        alive = np.flatnonzero(filters.decide(rows, thresholds)[0] == "")
+        wanted = alive[alike[seen : seen + len(alive)]]
+        # Of duplicates one that has a caption is kept; of these the largest, and of these the one that pleases most.
+        pleasing = np.nan_to_num(rows["aesthetic"][wanted], nan=0.0)
+        captioned = np.diff(table.column("captions").combine_chunks().offsets.to_numpy())[wanted] > 0
+        ranks.append(-(captioned * 1e12 + rows["width"][wanted] * rows["height"][wanted] + pleasing / 100))
+        numbers.append(wanted + offset)
+        offset, seen = offset + table.num_rows, seen + len(alive)
+    number, digest = np.concatenate(numbers), digests[alike]
+    duplicates = filters.find_duplicates(digest, hashes[alike], np.concatenate(ranks), thresholds.max_hash_distance)
     repeated = np.flatnonzero(duplicates >= 0)
     originals = duplicates[repeated]
-    step[position[repeated]] = filters.DUPLICATES
-    exact = digest[repeated] == digest[originals]
-    reason[position[repeated]] = np.where(exact, filters.EXACT_DUPLICATE, filters.NEAR_DUPLICATE).astype(object)
-    duplicate_of = np.full(len(step), -1, np.int64)
-    duplicate_of[position[repeated]] = position[originals]
-    _write_decisions(run, thresholds, step, reason, duplicate_of)
-    counts: dict[str, int] = {"kept": int(np.count_nonzero(step == ""))}
-    for one, why in zip(step, reason, strict=True):
-        if one:
-            counts[f"{one}: {why}"] = counts.get(f"{one}: {why}", 0) + 1
-    return counts
+    return _Repeated(number[repeated], number[originals], digest[repeated] == digest[originals])
 
 
-def _write_decisions(run: Run, thresholds: Thresholds, step: Any, reason: Any, duplicate_of: NDArray[np.int64]) -> None:
+def _write_decisions(run: Run, thresholds: Thresholds, repeated: _Repeated) -> dict[str, int]:
+    """Decides once more, with the duplicates, into the file; returns the counts of `decide_all`."""
     described = {"kind": run.config.source.kind, **asdict(thresholds)}
     schema = DECISIONS_SCHEMA.with_metadata({b"openemu3.thresholds": json.dumps(described, sort_keys=True).encode()})
+    counts: Counter[str] = Counter(kept=0)
+    offset, waiting = 0, list[pa.Table]()
     with write_aside(run.folder / "decisions.parquet") as partial, pq.ParquetWriter(partial, schema, compression="zstd") as writer:
-        offset = 0
-        for table in read_parts(run, ["id"]):
-            stretch = slice(offset, offset + table.num_rows)
-            columns = [table.column("id").combine_chunks(), pa.array(step[stretch], pa.string()), pa.array(reason[stretch], pa.string())]
-            writer.write_table(pa.table([*columns, pa.array(duplicate_of[stretch])], schema=schema))
-            offset += table.num_rows
+        for table in read_parts(run, [*_DECIDING, "id"]):
+            step, reason = filters.decide(to_rows(table.select(list(_DECIDING))), thresholds)
+            duplicate_of = np.full(len(step), -1, np.int64)
+            stretch = slice(*np.searchsorted(repeated.rows, (offset, offset + len(step))))
+            places = repeated.rows[stretch] - offset
+            step[places], duplicate_of[places] = filters.DUPLICATES, repeated.originals[stretch]
+            reason[places] = np.where(repeated.exact[stretch], filters.EXACT_DUPLICATE, filters.NEAR_DUPLICATE).astype(object)
+            counts.update(f"{one}: {why}" if one else "kept" for one, why in zip(step, reason, strict=True))
+            columns = [table.column("id"), pa.array(step, pa.string()), pa.array(reason, pa.string()), pa.array(duplicate_of)]
+            waiting.append(pa.table(columns, schema=schema))
+            offset += len(step)
+            if sum(table.num_rows for table in waiting) >= _DECISIONS_AT_ONCE:  # parts may be small, and small groups of rows are slow
+                writer.write_table(pa.concat_tables(waiting))
+                waiting = []
+        if waiting:
+            writer.write_table(pa.concat_tables(waiting))
+    return dict(counts)
 
 
-def read_decisions(run: Run) -> tuple[pa.Table, Thresholds]:
-    """All decisions and the thresholds they were made with. Raises InputError if there are none."""
+_DECISIONS_AT_ONCE = 1 << 15
+
+
+def read_thresholds(run: Run) -> Thresholds:
+    """What the decisions were made with. Raises InputError if there are none."""
     path = run.folder / "decisions.parquet"
     if not path.exists():
         raise InputError(f"nothing has been decided in {str(run.folder)!r}; run emu3 curate images or videos to the end")
-    table = pq.read_table(path)
-    described = json.loads((table.schema.metadata or {})[b"openemu3.thresholds"])
+    described = json.loads((pq.read_schema(path).metadata or {})[b"openemu3.thresholds"])
     kind = described.pop("kind")
-    return table, ImageThresholds(**described) if kind == "image" else VideoThresholds(**described)
+    return ImageThresholds(**described) if kind == "image" else VideoThresholds(**described)
+
+
+def stream_decisions(run: Run, columns: Sequence[str]) -> Iterator[pa.Table]:
+    """The decisions on the rows of each part of the scores, part by part. Raises InputError if they are of other scores."""
+    left = DECISIONS_SCHEMA.empty_table().select(list(columns))
+    with pq.ParquetFile(run.folder / "decisions.parquet") as file:
+        batches = file.iter_batches(_DECISIONS_AT_ONCE, columns=list(columns))
+        for number in range(run.num_parts):
+            rows = pq.read_metadata(run.scores_part(number)).num_rows
+            while left.num_rows < rows:
+                batch = next(batches, None)
+                if batch is None:
+                    raise InputError(f"the decisions in {str(run.folder)!r} are of other scores; give the command that made the run again")
+                left = pa.concat_tables([left, pa.Table.from_batches([batch]).replace_schema_metadata(None)])
+            yield left.slice(0, rows)
+            left = left.slice(rows)
+
+
+def list_kept(run: Run, dropped_by: Collection[str] = ()) -> NDArray[np.int64]:
+    """Numbers of the rows that were kept, or dropped by one of these steps; ascending. Held: 8 bytes for each."""
+    offset, kept = 0, array("q")
+    for table in stream_decisions(run, ["step"]):
+        wanted = pc.is_in(table.column("step"), value_set=pa.array(["", *dropped_by], pa.string()))
+        kept.frombytes((np.flatnonzero(wanted.to_numpy(zero_copy_only=False)).astype(np.int64) + offset).tobytes())
+        offset += table.num_rows
+    return np.frombuffer(kept, np.int64)
 
 
 # ---------------------------------------------------------------------------------------------------------------------------------- samples
@@ -432,10 +486,8 @@ def write_samples(run: Run, config: SampleConfig, write: WriteSamples, progress:
 
     Files that an earlier, interrupted run with the same decisions wrote are left alone; those of other decisions are removed first.
     """
-    table, _ = read_decisions(run)
-    kept = np.flatnonzero(np.array([not step for step in table.column("step").to_pylist()], bool))
     wanted = {"decisions": _digest_decisions(run.folder / "decisions.parquet"), **asdict(config)}
-    return _write_files(run, "samples", wanted, kept, {}, config, write, progress)
+    return _write_files(run, "samples", wanted, list_kept(run), {}, config, write, progress)
 
 
 def write_representatives(
@@ -453,15 +505,14 @@ def read_features(run: Run) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
 
     Raises InputError if there are none. Held: the features, 3 kB for a picture of CLIP ViT-L/14.
     """
-    table, _ = read_decisions(run)
-    out = {"decode", "resolution", filters.DUPLICATES}
-    usable = np.array([step not in out for step in table.column("step").to_pylist()], bool)
+    usable = list_kept(run, [name for name, _ in filters.IMAGE_STEPS if name not in ("decode", "resolution")])
     rows: list[NDArray[np.int64]] = []
     features: list[NDArray[np.float32]] = []
     offset = 0
     for part in read_parts(run, ["embedding"]):
         column = part.column("embedding").combine_chunks()
-        there = np.flatnonzero(column.is_valid().to_numpy(zero_copy_only=False) & usable[offset : offset + len(column)])
+        here = usable[slice(*np.searchsorted(usable, (offset, offset + len(column))))] - offset
+        there = here[column.is_valid().to_numpy(zero_copy_only=False)[here]]
         rows.append(there + offset)
         if len(there):
             features.append(np.stack([np.asarray(column[int(index)].values, np.float32) for index in there]))

@@ -12,17 +12,17 @@ import hashlib
 import heapq
 import html
 import json
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
 import pyarrow.parquet as pq
-from numpy.typing import NDArray
 
 from openemu3.curation import filters
 from openemu3.curation.filters import ImageThresholds, Thresholds
-from openemu3.curation.pipeline import SCORES, TIMES, Run, read_decisions, to_rows
+from openemu3.curation.pipeline import SCORES, TIMES, Run, read_thresholds, stream_decisions, to_rows
 from openemu3.media import write_aside
 
 _NUM_BINS = 40
@@ -65,20 +65,18 @@ class StepCount:
 
 def build_report(run: Run) -> dict[str, Any]:
     """The numbers of the report: funnel, histograms, times, and which items are shown. Reads the scores twice, as a stream."""
-    decisions, thresholds = read_decisions(run)
-    step_of = np.array(decisions.column("step").to_pylist(), object)
-    reason_of = np.array(decisions.column("reason").to_pylist(), object)
-    funnel = count_steps(step_of, reason_of, thresholds)
+    thresholds = read_thresholds(run)
+    counts: Counter[tuple[str, str]] = Counter()
     edges = _find_ranges(run)
     histograms = {name: np.zeros((2, _NUM_BINS), np.int64) for name in edges}  # kept, dropped
     seconds = dict.fromkeys(TIMES, 0.0)
     timed = dict.fromkeys(TIMES, 0)
     shown: dict[tuple[str, str], list[tuple[int, int]]] = {}
     below_aesthetic = rescued = offset = num_bytes = 0
-    for table in _read_stream(run):
+    for table, decisions in zip(_read_stream(run), stream_decisions(run, ["step", "reason"]), strict=True):
         rows = to_rows(table.drop_columns(["id"]))
-        count = table.num_rows
-        step, reason = step_of[offset : offset + count], reason_of[offset : offset + count]
+        step, reason = (np.array(decisions.column(name).to_pylist(), object) for name in ("step", "reason"))
+        counts.update(zip(step, reason, strict=True))
         rows["short_edge"] = np.minimum(rows["width"], rows["height"])
         for name, (low, high) in edges.items():
             for index, mask in enumerate((step == "", step != "")):
@@ -98,16 +96,18 @@ def build_report(run: Run) -> dict[str, Any]:
             rescued += int(np.count_nonzero(below & (step == "")))
         for position, identity in enumerate(table.column("id").to_pylist()):
             _choose(shown, (str(step[position]), str(reason[position])), identity, offset + position)
-        offset += count
+        offset += table.num_rows
     return {
         "kind": run.config.source.kind,
         "sources": list(run.config.sources),
         "items": run.num_items,
         "rows": offset,
-        "kept": int(np.count_nonzero(step_of == "")),
+        "kept": counts["", ""],
         "num_bytes": num_bytes,
         "thresholds": asdict(thresholds),
-        "funnel": [{"step": s.step, "entered": s.entered, "dropped": s.dropped, "passed": s.passed} for s in funnel],
+        "funnel": [
+            {"step": s.step, "entered": s.entered, "dropped": s.dropped, "passed": s.passed} for s in count_steps(counts, thresholds)
+        ],
         "below_aesthetic": below_aesthetic,
         "rescued": rescued,
         "histograms": {
@@ -122,13 +122,11 @@ def build_report(run: Run) -> dict[str, Any]:
     }
 
 
-def count_steps(steps: NDArray[np.object_], reasons: NDArray[np.object_], thresholds: Thresholds) -> list[StepCount]:
-    """The funnel: every step in its order."""
-    entered, funnel = len(steps), []
+def count_steps(counts: Mapping[tuple[str, str], int], thresholds: Thresholds) -> list[StepCount]:
+    """(step, reason) -> rows, as the funnel: every step in its order."""
+    entered, funnel = sum(counts.values()), []
     for name in [*(name for name, _ in filters.get_steps(thresholds)), filters.DUPLICATES]:
-        names, counts = np.unique(reasons[steps == name].astype(str), return_counts=True)
-        dropped = {str(reason): int(count) for reason, count in zip(names, counts, strict=True)}
-        funnel.append(StepCount(name, entered, dropped))
+        funnel.append(StepCount(name, entered, {reason: count for (step, reason), count in sorted(counts.items()) if step == name}))
         entered = funnel[-1].passed
     return funnel
 
