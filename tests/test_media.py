@@ -580,6 +580,15 @@ def test_detect_kind():
         media.detect_kind(b"neither the one nor the other")
 
 
+def test_detect_kind_of_a_file_whose_name_is_wrong(tmp_path):
+    path = tmp_path / "notes.PNG"
+    path.write_text("no picture")
+    with pytest.raises(InputError, match="'.*notes.PNG' is not a picture that can be read, though its name says so"):
+        media.detect_kind(path)
+    path.write_bytes(SEEDS["jpeg"])
+    assert media.detect_kind(path) == "image"
+
+
 def make_sound():
     buffer = io.BytesIO()
     with av.open(buffer, "w", format="mp4") as container:

@@ -172,6 +172,8 @@ def detect_kind(source: Source) -> Literal["image", "video"]:
     with _open_source(source, name) as file:
         animated = _is_animated(file, name)
     if animated is None:
+        if not isinstance(source, bytes) and Path(source).suffix.lower() in IMAGE_SUFFIXES | ANIMATION_SUFFIXES:
+            raise InputError(f"{name} is not a picture that can be read, though its name says so")
         probe_video(source)
         return "video"
     return "video" if animated else "image"
