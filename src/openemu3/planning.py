@@ -20,7 +20,7 @@ from openemu3.distributed import ParallelConfig
 from openemu3.model.transformer import TransformerConfig
 from openemu3.records import InputError
 from openemu3.training.lora import ATTENTION, FEED_FORWARD, LoraConfig
-from openemu3.training.objectives import CHUNK, VOCABULARY_SLICE
+from openemu3.training.objectives import CHUNK, CPU_TILE, GPU_TILE, VOCABULARY_SLICE
 from openemu3.training.optimizer import SLICE
 
 GIB = 2**30
@@ -483,7 +483,7 @@ def count_memory(config: PlanConfig, gpu: bool = True) -> Memory:
             "bf16 copies of weights": copies_kept,
             "gradients": earlier,
             "activations": activations,
-            "loss": count_loss_bytes(config),
+            "loss": count_loss_bytes(config, gpu),
             "communication buffers": gathered,
         },
         "in the last block's backward pass": {
@@ -528,19 +528,19 @@ def count_update_bytes(config: PlanConfig) -> int:
     return 30 * min(largest, SLICE)
 
 
-def count_loss_bytes(config: PlanConfig) -> int:
+def count_loss_bytes(config: PlanConfig, gpu: bool) -> int:
     """What `compute_cross_entropy` holds at most: hidden states and their gradient, the head's gradient, and logits of a chunk."""
     model, size = config.transformer, config.compute_bytes
     vocabulary = math.ceil(model.vocab_size / config.parallel.tp)
     head, chunk = vocabulary * model.hidden_size, vocabulary * min(CHUNK, config.tokens_per_rank)
     hidden = config.tokens_per_rank * model.hidden_size * (config.residual_bytes + 2 * size)
-    # The sum of exponentials takes a copy of the logits; later there is their gradient, rounded, and a slice of the head's.
-    rounded = 2 if size == 2 else 0
-    product = min(vocabulary, VOCABULARY_SLICE) * model.hidden_size * size
+    # Logits, and of some of them an fp32 copy; later their gradient in their place, and a slice of the head's.
+    tile = 4 * min(chunk, max(vocabulary, GPU_TILE if gpu else CPU_TILE))
     if config.lora is not None:
-        return hidden + 8 * chunk
-    copies = rounded * head if config.is_autocast else 0
-    return hidden + copies + 4 * head + max(8 * chunk, (4 + rounded) * chunk + product)
+        return hidden + size * chunk + tile
+    product = min(vocabulary, VOCABULARY_SLICE) * model.hidden_size * size
+    copies = size * head if config.is_autocast else 0
+    return hidden + copies + 4 * head + size * chunk + max(tile, product)
 
 
 # ----------------------------------------------------------------------------------------------------------------------- communication

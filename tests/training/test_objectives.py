@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from openemu3.training import objectives
 from openemu3.training.objectives import compute_cross_entropy
 
 
@@ -100,16 +101,18 @@ def test_no_tokens_cost_nothing():
 
 
 class Largest(TorchDispatchMode):
-    """The most elements that any result has had, and how many matrix products there were."""
+    """The most elements that any result has had, and of those in fp32, and how many matrix products there were."""
 
     def __init__(self):
         super().__init__()
-        self.num_elements = self.num_products = 0
+        self.num_elements = self.num_fp32_elements = self.num_products = 0
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         result = func(*args, **(kwargs or {}))
         if isinstance(result, torch.Tensor):
             self.num_elements = max(self.num_elements, result.numel())
+            if result.dtype == torch.float32:
+                self.num_fp32_elements = max(self.num_fp32_elements, result.numel())
         self.num_products += func is torch.ops.aten.mm.default
         return result
 
@@ -120,6 +123,24 @@ def test_logits_exist_for_one_chunk_at_a_time():
         compute_cross_entropy(hidden, head, targets, weights, chunk=64)[0].backward()
     assert seen.num_elements == 64 * 512
     assert seen.num_products == 3 * 64
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_fp32_logits_exist_for_a_few_tokens_at_a_time(dtype, monkeypatch):
+    """And how few they are changes no bit."""
+    results = []
+    for tile in (1, 512 * 5, 2**20):
+        monkeypatch.setattr(objectives, "CPU_TILE", tile)
+        hidden, head, targets, weights = make_case(num_tokens=256, width=4, num_ids=512, dtype=dtype)
+        with Largest() as seen:
+            loss, losses = compute_cross_entropy(hidden, head, targets, weights, chunk=64)
+            loss.backward()
+        results.append([loss.detach(), losses, hidden.grad, head.grad])
+        if dtype == torch.bfloat16:
+            # Of the sizes that do not depend on the tile the head's gradient is the largest.
+            assert seen.num_fp32_elements == max(512 * 4, min(64, max(1, tile // 512)) * 512)
+    for result in results[1:]:
+        assert all(map(torch.equal, result, results[0]))
 
 
 def test_measuring_makes_no_gradients():

@@ -71,8 +71,8 @@ def apply_tensor_parallelism(transformer: Transformer, mesh: DeviceMesh) -> None
     """Every matrix in parts, one on each rank of `mesh` (1-D), and between them activations split by token (sequence parallelism).
 
     Inside attention and feed-forward a rank has all tokens and its share of the heads or channels; norms, residuals and dropout see its
-    share of the tokens. The vocabulary is split, too: of the embedding and of the head, whose cross-entropy is
-    `training.objectives.compute_vocabulary_parallel_cross_entropy`. The hidden states handed out are whole on every rank.
+    share of the tokens. The vocabulary is split, too: of the embedding and of the head, whose cross-entropy, too, is
+    `training.objectives.compute_cross_entropy`. The hidden states handed out are whole on every rank.
     """
     outer = {
         "model.embed_tokens": RowwiseParallel(input_layouts=Replicate(), output_layouts=Shard(1)),
