@@ -44,7 +44,8 @@ def inspect() -> Iterator[Callable[..., dict[str, Any]]]:
 
     def look(path: Path, **limits: int) -> dict[str, Any]:
         item = {"id": path.name, "uri": path.as_uri()}
-        answer, payload = guard.call({"item": item, **({"max_bytes": 1 << 26, "working_side": 640, "thumbnail_side": 64} | limits)})
+        usual = {"max_bytes": 1 << 26, "working_side": 640, "thumbnail_side": 64, "text": False, "keep_pixels": True}
+        answer, payload = guard.call({"item": item, **(usual | limits)})
         row: dict[str, Any] = answer["rows"][0]
         return row | {"pixels": payload[: row["pixels_length"]]}
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from safetensors.torch import save_file
 import openemu3
 from openemu3.cli import main
 from openemu3.curation.clip_scores import build_aesthetic_head
+from openemu3.curation.pipeline import Run, SampleConfig, find_offsets, iterate_samples, list_kept
 from openemu3.data.samples import read_samples
 
 Draw = Callable[..., Image.Image]
@@ -71,12 +73,22 @@ def test_the_chain_from_a_film_to_documents(tmp_path: Path, capsys: pytest.Captu
     samples = list(read_samples(answer["files"][0]))
     assert [sample.attributes["start"] for sample in samples] == ["0.0", "1.6"]
     assert [sample.id for sample in samples] == ["films/film.mp4@0-16", "films/film.mp4@16-32"]
+    # A film that is a file of its own is read as a stream, so that no limit on what is held concerns it; its clips are cut in one call.
+    small = Run.load(out)
+    small = replace(small, config=replace(small.config, score=replace(small.config.score, max_bytes=100)))
+    again = list(iterate_samples(small, SampleConfig(), list_kept(small), find_offsets(small)))
+    assert again == samples
     for sample in samples:
         frames, _ = openemu3.media.read_video(sample.media)
         assert frames.shape[1] == 16 and sample.scores["motion"] > 0
     flags = ["--tokenizers", MINI, "--output", tmp_path / "documents", "--resolution", 64, "--languages", "en"]
     assert main([*map(str, ["tokenize", *answer["files"], *flags])]) == 0
     assert list((tmp_path / "documents").glob("**/*.parquet"))
+    (folder / "film.mp4").write_bytes((folder / "film.mp4").read_bytes() + b"more")
+    gone = run(capsys, "curate", "report", out, "--samples", "--min-seconds", 0.9)
+    assert gone["left_out"] == 0 and gone["kept"] == 2  # written already
+    gone = run(capsys, "curate", "report", out, "--samples", "--source-name", "again")
+    assert gone["left_out"] == gone["kept"] == 2
 
 
 def write_film(path: Path) -> None:

@@ -80,13 +80,14 @@ def test_mutated_films_never_end_the_process_nor_hang_it(tmp_path: Path) -> None
                 container.mux(stream.encode(frame))
             container.mux(stream.encode())
         seeds.append(path.read_bytes())
-    guard = Guard("openemu3.curation.films:inspect_video", 60.0)
+    guard = Guard("openemu3.curation.films:inspect_video", 60.0, "openemu3.curation.inspection:load_detector")
     random = np.random.default_rng(1)
     refused = rows = 0
     for number in range(40):
         path = tmp_path / f"{number}.mp4"
         path.write_bytes(mutate(seeds[number % 2], random))
-        arguments = {"item": {"id": path.name, "uri": path.as_uri()}, "max_bytes": 1 << 20, "working_side": 64, "thumbnail_side": 16}
+        item = {"id": path.name, "uri": path.as_uri()}
+        arguments = {"item": item, "max_bytes": 1 << 20, "working_side": 64, "thumbnail_side": 16, "text": True, "keep_pixels": True}
         try:
             answer, _ = guard.call(arguments)
         except Crashed:  # a decoder may; what counts is that the next file is looked at

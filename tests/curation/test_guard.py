@@ -19,13 +19,17 @@ STRANGER = """
 import os, time
 from openemu3.records import InputError
 
-def act(arguments, payload):
+def act(arguments, payload, alive):
     what = arguments["what"]
     if what == "double":
         print("noise on standard output", flush=True)
         return {"length": len(payload)}, payload * 2
     if what == "refuse":
         raise InputError("not this one")
+    if what == "work":
+        for _ in range(10):
+            time.sleep(0.25)
+            alive()
     if what == "hang":
         time.sleep(3600)
     if what == "crash":
@@ -72,6 +76,13 @@ def test_what_hangs_is_killed_in_time_and_the_next_call_works(guard: Guard) -> N
         guard.call({"what": "hang"}, seconds=0.5)
     assert time.monotonic() - began < 10
     assert guard.call({"what": "double"}, b"x")[1] == b"xx"
+
+
+def test_what_takes_long_but_goes_on_is_let_go_on(guard: Guard) -> None:
+    guard.call({"what": "pid"})
+    assert "pid" in guard.call({"what": "work"}, seconds=1.5)[0]  # 2.5 s in all
+    with pytest.raises(TookTooLong):
+        guard.call({"what": "hang"}, seconds=0.5)
 
 
 def test_a_crash_is_told_and_the_next_call_works(guard: Guard) -> None:

@@ -106,3 +106,32 @@ def test_the_hash_tells_one_shape_in_two_colours_apart() -> None:
     nearly_blue = hash_picture(paint((66, 112, 236)))
     assert (blue ^ nearly_blue).bit_count() <= 2
     assert min((blue ^ violet).bit_count(), (blue ^ pink).bit_count(), (violet ^ pink).bit_count()) >= 2
+
+
+@pytest.mark.parametrize("mode", ["RGB", "L", "CMYK"])
+@pytest.mark.parametrize("orientation", [1, 6])
+def test_a_large_jpeg_is_measured_as_the_same_picture_in_png(
+    inspect: Callable[..., dict[str, Any]], draw_scene: Callable[..., Image.Image], tmp_path: Path, mode: str, orientation: int
+) -> None:
+    """It is decoded at a part of its size; its stated size, colours and hash are of the whole."""
+    picture = draw_scene(3, 1500, 1100).convert(mode)
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    picture.save(tmp_path / "large.jpg", quality=95, subsampling=0, exif=exif)
+    upright = picture.convert("RGB").transpose(Image.Transpose.ROTATE_270) if orientation == 6 else picture.convert("RGB")
+    upright.save(tmp_path / "large.png")
+    one, other = (inspect(tmp_path / name, keep_pixels=False) for name in ("large.jpg", "large.png"))
+    assert (one["width"], one["height"]) == (other["width"], other["height"]) == ((1100, 1500) if orientation == 6 else (1500, 1100))
+    assert one["colour_spread"] == pytest.approx(other["colour_spread"], abs=0.7)
+    assert one["contrast"] == pytest.approx(other["contrast"], rel=0.02)
+    assert (int(one["hash"], 16) ^ int(other["hash"], 16)).bit_count() <= 2
+    assert inspect(tmp_path / "large.jpg", keep_pixels=False, working_side=100)["pixels"] == b""
+
+
+def test_a_large_jpeg_that_is_cut_off_is_unreadable_also_at_a_part_of_its_size(
+    inspect: Callable[..., dict[str, Any]], draw_scene: Callable[..., Image.Image], tmp_path: Path
+) -> None:
+    path = tmp_path / "cut.jpg"
+    draw_scene(4, 2400, 1800).save(path, quality=90)
+    path.write_bytes(path.read_bytes()[:-2000])
+    assert inspect(path, keep_pixels=False)["reason"] == "unreadable"

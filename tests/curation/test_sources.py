@@ -54,6 +54,27 @@ def test_a_folder_gives_its_files_with_the_captions_beside_them(tmp_path: Path) 
     assert list(read_all(folder, SourceConfig(kind="video"))) == ["photos/film.mp4"]
 
 
+def test_no_file_is_lost_beside_folders_and_names_that_are_alike(tmp_path: Path) -> None:
+    folder = tmp_path / "photos"
+    (folder / "a.parts").mkdir(parents=True)  # between a.jpg and a.txt, where all were sorted by name
+    (folder / "a.parts" / "0.jpg").write_bytes(b"0")
+    (folder / "a.jpg").write_bytes(b"a")
+    (folder / "a.txt").write_text("a caption")
+    (folder / "a.JPG").write_bytes(b"A")
+    caption = {"en": "a caption"}
+    assert read_all(folder) == {"photos/a.JPG": (b"A", caption), "photos/a.jpg": (b"a", caption), "photos/a.parts/0.jpg": (b"0", {})}
+    with tarfile.open(tmp_path / "set.tar", "w") as tar:
+        for name, data in (("1.left.jpg", b"L"), ("1.right.JPG", b"R"), ("1.txt", b"two eyes"), ("2.jpg", b"2"), ("2.jpg", b"two")):
+            add_member(tar, name, data)
+    eyes = {"en": "two eyes"}
+    assert read_all(tmp_path / "set.tar") == {
+        "set.tar#0/1.left.jpg": (b"L", eyes),
+        "set.tar#1/1.right.JPG": (b"R", eyes),
+        "set.tar#2/2.jpg": (b"2", {}),
+        "set.tar#3/2.jpg": (b"two", {}),
+    }
+
+
 def test_links_and_pipes_are_refused_not_followed(tmp_path: Path) -> None:
     secret = tmp_path / "secret.jpg"
     secret.write_bytes(b"SECRET")

@@ -446,7 +446,7 @@ def _curate(options: CurateSource, kind: Literal["image", "video"], thresholds: 
 
 def _finish(run: Run, with_samples: bool, validation_share: float, source_name: str, as_json: bool, began: float) -> None:
     """Samples and report, and a line for each step."""
-    from openemu3.curation.pipeline import SampleConfig, write_samples
+    from openemu3.curation.pipeline import SampleConfig, count_samples, write_samples
     from openemu3.curation.report import write_report
     from openemu3.data.samples import write_samples as write_file
 
@@ -461,12 +461,19 @@ def _finish(run: Run, with_samples: bool, validation_share: float, source_name: 
         for reason, count in step["dropped"].items():
             lines.append(f"  {count:>8}  {step['step']}: {reason}")
     lines.extend(str(path) for path in files)
+    left_out = report["kept"] - count_samples(files) if with_samples else 0
+    if left_out:
+        lines.append(
+            f"{left_out} of those kept are not among the samples: their files have changed or cannot be read since they were scored; "
+            f"to try again, remove {run.folder / 'samples'} and give emu3 curate report {run.folder} --samples"
+        )
     answer: dict[str, Any] = {
         "folder": str(run.folder),
         "kept": report["kept"],
         "rows": report["rows"],
         "funnel": report["funnel"],
         "files": [str(path) for path in files],
+        "left_out": left_out,
         "report": str(run.folder / "report.html"),
         "seconds": round(time.monotonic() - began, 3),
     }

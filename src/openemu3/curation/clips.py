@@ -8,8 +8,9 @@ the stored frames from that key frame on are the span's and no others; where a n
 from __future__ import annotations
 
 import io
+import itertools
 from array import array
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from typing import Literal
@@ -68,13 +69,15 @@ class Clip:
         return self.scene.seconds
 
 
-def cut_clips(source: Source, scenes: Sequence[Scene], config: ClipConfig | None = None) -> Iterator[Clip]:
+def cut_clips(
+    source: Source, scenes: Sequence[Scene], config: ClipConfig | None = None, alive: Callable[[], None] | None = None
+) -> Iterator[Clip]:
     """Cut a video at the scenes of `find_scenes`, in order; one clip is in memory at a time.
 
     The file's packets are read once; its frames are decoded once, from the first scene that cannot be copied to the last one. Clips show
     exactly the frames of their scene at the times they have in the source, a variable rate included; a stored rotation is kept in copies
-    and applied otherwise. Raises InputError for scenes that overlap or are not in order, or that the file does not have, and as
-    `media.stream_frames` does.
+    and applied otherwise. `alive` is called after each frame. Raises InputError for scenes that overlap or are not in order, or that the
+    file does not have, and as `media.stream_frames` does.
     """
     config = config or ClipConfig()
     for one, next_one in zip(scenes, scenes[1:], strict=False):
@@ -87,7 +90,7 @@ def cut_clips(source: Source, scenes: Sequence[Scene], config: ClipConfig | None
     info = probe_video(source)
     plan = _plan_copies(source, scenes) if config.copy else {}
     copies = _copy_spans(source, [plan[scene] for scene in scenes if scene in plan])
-    frames = _number_frames(source, next((scene for scene in scenes if scene not in plan), scenes[0]))
+    frames = _number_frames(source, next((scene for scene in scenes if scene not in plan), scenes[0]), alive)
     for scene in scenes:
         if scene in plan:
             yield Clip(next(copies), scene, True, info.height, info.width)
@@ -192,15 +195,18 @@ def _read_packets(container: av.container.InputContainer) -> Iterator[av.Packet]
 # --------------------------------------------------------------------------------------------------------------------------- encoding anew
 
 
-def _number_frames(source: Source, first: Scene) -> Iterator[tuple[int, TimedFrame]]:
+def _number_frames(source: Source, first: Scene, alive: Callable[[], None] | None) -> Iterator[tuple[int, TimedFrame]]:
     """The source's frames with their numbers from the one that begins `first` on; from frame 0 on where its time does not lead to it."""
     frames = stream_frames(source, start=first.start)
     head = next(frames, None)
     if head is not None and abs(head.time - Fraction(first.start)) < 1e-6:
-        yield first.start_frame, head
-        yield from enumerate(frames, first.start_frame + 1)
+        numbered = enumerate(itertools.chain([head], frames), first.start_frame)
     else:
-        yield from enumerate(stream_frames(source))
+        numbered = enumerate(stream_frames(source))
+    for pair in numbered:
+        if alive is not None:
+            alive()
+        yield pair
 
 
 def _encode_clip(frames: Iterator[tuple[int, TimedFrame]], scene: Scene, fps: float, config: ClipConfig) -> Clip:

@@ -1,8 +1,9 @@
 """A child process for what may hang or crash on strangers' files: it is given one file at a time, and killed when it takes too long.
 
-In: the name of a function (arguments: dict, payload: bytes) -> (answer: dict, payload: bytes), and what to call it with. Out: its answer,
-or InputError with the reason: what the function raised, "took longer than ...", or "crashed". The surprising thing: the child also ends
-itself, by a timer below Python, so that none is left behind hanging when this process is killed.
+In: the name of a function (arguments: dict, payload: bytes, alive) -> (answer: dict, payload: bytes), and what to call it with. Out: its
+answer, or InputError with the reason: what the function raised, "took longer than ...", or "crashed". The surprising things: the time limit
+is for work without a sign of progress, which the function gives by calling `alive`, so that a film of hours may take hours and is still
+noticed when it hangs; and the child also ends itself, by a timer below Python, so that none is left behind when this process is killed.
 
 One message is: length of the JSON, length of the payload (two unsigned 64-bit numbers), the JSON, the payload.
 """
@@ -25,12 +26,15 @@ from typing import IO, Any
 
 from openemu3.records import InputError
 
-Function = Callable[[dict[str, Any], bytes], tuple[dict[str, Any], bytes]]
+Alive = Callable[[], None]
+Function = Callable[[dict[str, Any], bytes, Alive], tuple[dict[str, Any], bytes]]
 
 _HEADER = struct.Struct("<QQ")
 # A child that decodes may not take more; damaged headers ask for anything. Address space, so generous.
 MAX_MEMORY = 12 << 30
 START_SECONDS = 120.0
+# Signs of progress are passed on no more often than that.
+_SIGN_SECONDS = 0.2
 
 
 class TookTooLong(InputError):
@@ -45,14 +49,15 @@ class Guard:
     """One child process, started at the first call and again after each time that it had to be killed.
 
     function  "package.module:name"; imported in the child alone.
-    seconds   longest time for one call.
+    seconds   longest time for one call without a sign of progress.
+    prepare   "package.module:name" of a function that the child calls before its first work, outside of the time limit: it loads models.
     """
 
-    def __init__(self, function: str, seconds: float) -> None:
+    def __init__(self, function: str, seconds: float, prepare: str = "") -> None:
         self._child: subprocess.Popen[bytes] | None = None
         if not 0 < seconds < 1e6:
             raise InputError(f"time limit is {seconds}; allowed are more than 0 and fewer than 1000000 seconds")
-        self.function, self.seconds = function, seconds
+        self.function, self.seconds, self.prepare = function, seconds, prepare
         self._lock = threading.Lock()
 
     def call(self, arguments: dict[str, Any], payload: bytes = b"", seconds: float | None = None) -> tuple[dict[str, Any], bytes]:
@@ -73,6 +78,8 @@ class Guard:
             try:
                 assert child.stdout is not None  # a pipe was asked for
                 answer, returned = _receive(child.stdout, time.monotonic() + limit)
+                while answer == _SIGN:
+                    answer, returned = _receive(child.stdout, time.monotonic() + limit)
             except TimeoutError:
                 self.close()
                 raise TookTooLong(f"took longer than {limit:g} s") from None
@@ -103,7 +110,7 @@ class Guard:
             return self._child
         self.close()
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
-        command = [sys.executable, "-m", "openemu3.curation.guard", self.function]
+        command = [sys.executable, "-m", "openemu3.curation.guard", self.function, self.prepare]
         child = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, bufsize=0, env=environment)
         assert child.stdout is not None
         try:
@@ -146,7 +153,10 @@ def _read_exactly(pipe: IO[bytes], size: int, deadline: float | None) -> bytearr
     return buffer
 
 
-def _serve(name: str) -> None:
+_SIGN = {"alive": True}
+
+
+def _serve(name: str, prepare: str) -> None:
     """The child's life: calls, one after the other, until its input ends."""
     # Standard output belongs to the messages; whatever a library prints goes to standard error.
     answers = os.fdopen(os.dup(sys.stdout.fileno()), "wb", buffering=0)
@@ -154,8 +164,9 @@ def _serve(name: str) -> None:
     calls = os.fdopen(os.dup(sys.stdin.fileno()), "rb", buffering=0)
     devnull = open(os.devnull, "w")
     os.dup2(os.open(os.devnull, os.O_RDONLY), sys.stdin.fileno())
-    module, _, attribute = name.partition(":")
-    function: Function = getattr(importlib.import_module(module), attribute)
+    function: Function = _find(name)
+    if prepare:
+        _find(prepare)()
     resource.setrlimit(resource.RLIMIT_AS, (MAX_MEMORY, MAX_MEMORY))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     _send(answers, {"ready": True}, b"")
@@ -164,9 +175,18 @@ def _serve(name: str) -> None:
             message, payload = _receive(calls, None)
         except EOFError:
             return
-        faulthandler.dump_traceback_later(message["seconds"] + 5, exit=True, file=devnull)
+        limit, told = message["seconds"], time.monotonic()
+
+        def give_sign(limit: float = limit) -> None:
+            nonlocal told
+            if time.monotonic() - told > _SIGN_SECONDS:
+                _send(answers, _SIGN, b"")
+                faulthandler.dump_traceback_later(limit + 5, exit=True, file=devnull)
+                told = time.monotonic()
+
+        faulthandler.dump_traceback_later(limit + 5, exit=True, file=devnull)
         try:
-            answer, returned = function(message["arguments"], payload)
+            answer, returned = function(message["arguments"], payload, give_sign)
         except (InputError, MemoryError) as error:
             answer, returned = {"refused": str(error) or "not enough memory to decode it"}, b""
         finally:
@@ -174,5 +194,10 @@ def _serve(name: str) -> None:
         _send(answers, answer, returned)
 
 
+def _find(name: str) -> Any:
+    module, _, attribute = name.partition(":")
+    return getattr(importlib.import_module(module), attribute)
+
+
 if __name__ == "__main__":
-    _serve(sys.argv[1])
+    _serve(*sys.argv[1:])

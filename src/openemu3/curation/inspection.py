@@ -1,6 +1,6 @@
 """One picture, looked at in the guarded child process: is it sound, how large, which colours, and what it resembles.
 
-In: where an item lies. Out: its measures, a copy small enough for the models that come after, and a thumbnail for the report. The
+In: where an item lies. Out: its measures, a thumbnail for the report, and, where CLIP models come after, a copy small enough for them. The
 surprising thing: nothing is decided here. What cannot be decoded has a `reason`; all else is a number for the thresholds to judge later.
 """
 
@@ -9,30 +9,45 @@ from __future__ import annotations
 import hashlib
 import io
 import time
+from contextlib import suppress
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
+from PIL import ExifTags, Image, ImageOps
 
+from openemu3.curation.guard import Alive
 from openemu3.curation.sources import Item, read_item
-from openemu3.media import detect_kind, open_image
+from openemu3.curation.text import TEXT_SIDE, TextDetector
+from openemu3.media import MAX_FRAME_PIXELS, detect_kind, open_image
 from openemu3.records import InputError
 
-# Colours are measured on a copy of this size: averages of colours need no more.
-_COLOUR_SIDE = 128
+# Colours and the perceptual hash are of a copy of this size: averages of colours and low frequencies need no more.
+_COPY_SIDE = 128
 _HASH_SIDE = 8
 
 
-def inspect_image(arguments: dict[str, Any], payload: bytes) -> tuple[dict[str, Any], bytes]:
+def inspect_image(arguments: dict[str, Any], payload: bytes, alive: Alive) -> tuple[dict[str, Any], bytes]:
     """Reads, decodes and measures one picture. Called by `guard.Guard`.
 
-    arguments  item: fields of `Item`; max_bytes; working_side and thumbnail_side: longest sides of the copies in pixels.
+    arguments  item: fields of `Item`; max_bytes; working_side and thumbnail_side: longest sides of the copies in pixels; text: whether to
+               look for it; keep_pixels: whether the working copy is wanted, for models that come later.
     Answers with {"rows": [...]}, one row: {"reason", "detail"} if it is refused, else its measures, with the lengths of the two parts of
     the payload: the working copy (uint8 RGB, pixels_height x pixels_width) and the thumbnail (WebP).
     """
     row, pixels, thumbnail = _inspect(arguments)
     return {"rows": [row | {"pixels_length": len(pixels), "thumbnail_length": len(thumbnail)}]}, pixels + thumbnail
+
+
+def load_detector() -> None:
+    """What the child does before its first picture, so that loading the text detector's weights is not counted as a picture's time."""
+    get_detector()
+
+
+@lru_cache(maxsize=1)
+def get_detector() -> TextDetector:
+    return TextDetector()
 
 
 def _inspect(arguments: dict[str, Any]) -> tuple[dict[str, Any], bytes, bytes]:
@@ -45,29 +60,66 @@ def _inspect(arguments: dict[str, Any]) -> tuple[dict[str, Any], bytes, bytes]:
     measures: dict[str, Any] = {"num_bytes": len(data), "sha256": hashlib.sha256(data).hexdigest(), "seconds_read": after_read - began}
     if not data:
         return measures | {"reason": "empty", "detail": "it has 0 bytes"}, b"", b""
+    # No step needs more pixels than that, and JPEG can be decoded at a half, a quarter or an eighth of its size.
+    side = max(
+        arguments["working_side"] if arguments["keep_pixels"] else 0,
+        TEXT_SIDE if arguments["text"] else 0,
+        2 * max(_COPY_SIDE, arguments["thumbnail_side"]),
+    )
     try:
-        if _moves(data):
-            return measures | {"reason": "moving", "detail": "it is animated or a film; emu3 curate videos takes those"}, b"", b""
-        picture = open_image(data)
+        opened = _open_reduced_jpeg(data, side)
+        if opened is None:
+            if _moves(data):
+                return measures | {"reason": "moving", "detail": "it is animated or a film; emu3 curate videos takes those"}, b"", b""
+            picture = open_image(data)
+            size = picture.size
+        else:
+            picture, size = opened
     except InputError as error:
         too_large = "too large" in str(error)
         return measures | {"reason": "too large" if too_large else "unreadable", "detail": str(error)}, b"", b""
-    measures |= {"width": picture.width, "height": picture.height, "seconds_decode": time.perf_counter() - after_read}
-    after_decode = time.perf_counter()
-    picture.thumbnail((arguments["working_side"], arguments["working_side"]), Image.Resampling.BOX, reducing_gap=None)
-    small = picture.copy()
-    small.thumbnail((_COLOUR_SIDE, _COLOUR_SIDE), Image.Resampling.BOX)
-    measures |= measure_colours(np.asarray(small))
-    measures["hash"] = f"{hash_picture(picture):016x}"
+    picture.thumbnail((side, side), Image.Resampling.BOX, reducing_gap=None)
+    measures |= {"width": size[0], "height": size[1], "seconds_decode": time.perf_counter() - after_read}
+    if arguments["text"]:
+        before_text = time.perf_counter()
+        copy = picture.copy()
+        copy.thumbnail((TEXT_SIDE, TEXT_SIDE), Image.Resampling.BOX, reducing_gap=None)
+        measures["text_coverage"] = get_detector().measure(np.asarray(copy)).coverage
+        measures["seconds_text"] = time.perf_counter() - before_text
+    before_measure = time.perf_counter()
+    pixels = b""
+    if arguments["keep_pixels"]:
+        picture.thumbnail((arguments["working_side"],) * 2, Image.Resampling.BOX, reducing_gap=None)
+        pixels = picture.tobytes()
+        measures |= {"num_pictures": 1, "pixels_height": picture.height, "pixels_width": picture.width}
     thumbnail = encode_thumbnail(picture, arguments["thumbnail_side"])
-    pixels = picture.tobytes()
-    measures |= {
-        "pixels_height": picture.height,
-        "pixels_width": picture.width,
-        "num_pictures": 1,
-        "seconds_measure": time.perf_counter() - after_decode,
-    }
+    picture.thumbnail((_COPY_SIDE, _COPY_SIDE), Image.Resampling.BOX)
+    measures |= measure_colours(np.asarray(picture)) | {"hash": f"{hash_picture(picture):016x}"}
+    measures["seconds_measure"] = time.perf_counter() - before_measure
     return measures, pixels, thumbnail
+
+
+def _open_reduced_jpeg(data: bytes, side: int) -> tuple[Image.Image, tuple[int, int]] | None:
+    """A JPEG, upright, at the smallest size it can be decoded at with the longer side of at least `side` pixels, and its width and height.
+
+    None for other files, and for what is wrong in any way, of which `media.open_image` will say what. All of the file is read, as at full
+    size, so that damage is found all the same.
+    """
+    if not data.startswith(b"\xff\xd8\xff"):
+        return None
+    with suppress(Exception):  # damaged data makes PIL raise about anything
+        with Image.open(io.BytesIO(data), formats=("JPEG",)) as image:
+            width, height = image.size
+            if image.mode not in ("RGB", "L", "CMYK") or not 0 < width * height <= MAX_FRAME_PIXELS:
+                return None
+            scale = max(width, height) / side
+            if scale > 1:  # the same share of both sides; draft() takes the smallest size that is not below
+                image.draft(None, (max(1, int(width / scale)), max(1, int(height / scale))))
+            image.load()
+            lies = image.getexif().get(ExifTags.Base.Orientation, 1) in (5, 6, 7, 8)
+            picture = ImageOps.exif_transpose(image).convert("RGB")
+        return picture, (height, width) if lies else (width, height)
+    return None
 
 
 def _moves(data: bytes) -> bool:

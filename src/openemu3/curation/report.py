@@ -22,7 +22,7 @@ import pyarrow.parquet as pq
 
 from openemu3.curation import filters
 from openemu3.curation.filters import ImageThresholds, Thresholds
-from openemu3.curation.pipeline import SCORES, TIMES, Run, read_thresholds, stream_decisions, to_rows
+from openemu3.curation.pipeline import SCORES, TIMES, Run, read_part, read_thresholds, stream_decisions, to_rows
 from openemu3.media import write_aside
 
 _NUM_BINS = 40
@@ -134,7 +134,7 @@ def count_steps(counts: Mapping[tuple[str, str], int], thresholds: Thresholds) -
 def _read_stream(run: Run) -> Any:
     columns = ["id", "width", "height", "seconds", "num_bytes", "reason", *SCORES, *(f"seconds_{name}" for name in TIMES)]
     for number in range(run.num_parts):
-        yield pq.read_table(run.scores_part(number), columns=columns)
+        yield read_part(run, number, columns)
 
 
 def _find_ranges(run: Run) -> dict[str, tuple[float, float]]:
@@ -188,7 +188,7 @@ def _read_shown(run: Run, wanted: Sequence[int]) -> dict[int, dict[str, Any]]:
     for number in range(run.num_parts):
         rows = pq.read_metadata(run.scores_part(number)).num_rows
         if remaining and remaining[0] < offset + rows:
-            table = pq.read_table(run.scores_part(number), columns=columns)
+            table = read_part(run, number, columns)
             while remaining and remaining[0] < offset + rows:
                 row = remaining.pop(0)
                 found[row] = table.slice(row - offset, 1).to_pylist()[0]

@@ -63,12 +63,13 @@ class Scene:
         return self.end - self.start
 
 
-def find_scenes(source: Source, config: SceneConfig | None = None) -> tuple[Scene, ...]:
+def find_scenes(source: Source, config: SceneConfig | None = None, alive: Callable[[], None] | None = None) -> tuple[Scene, ...]:
     """The scenes of a video or animation; the first begins with its first frame and the last ends with its last.
 
     Frames are counted as they are decoded, so a wrong or missing index plays no part; times are those stored, so a variable rate does not
-    shift them. Raises InputError as `media.stream_frames` does: for no video stream, no frames, damage that stops the decoder; and for
-    a frame that stands for longer than MAX_FRAME_SECONDS. InputError also where PySceneDetect is not installed.
+    shift them. `alive` is called after each frame. Raises InputError as `media.stream_frames` does: for no video stream, no frames, damage
+    that stops the decoder; and for a frame that stands for longer than MAX_FRAME_SECONDS. InputError also where PySceneDetect is not
+    installed.
     """
     config = config or SceneConfig()
     detectors, make_timecode = _build_detectors(config, probe_video(source).fps)
@@ -88,6 +89,8 @@ def find_scenes(source: Source, config: SceneConfig | None = None) -> tuple[Scen
         picture = np.ascontiguousarray(frame.array[:, :, ::-1])  # BGR, as OpenCV counts colours
         for detector in detectors:
             cuts.update(_find_nearest(times, cut.seconds) for cut in detector.process_frame(timecode, picture))
+        if alive is not None:
+            alive()
     return tuple(_build_scenes(times, float(end), sorted(cuts - {0}), config.max_seconds))
 
 

@@ -1,13 +1,14 @@
-"""The columns of scores, as steps of a Daft dataframe: look at each file in a guarded process, find text, ask the CLIP models.
+"""The columns of scores, as steps of a Daft dataframe: look at each file in a guarded process, ask the CLIP models.
 
-In: a dataframe of manifest rows. Out: the same with one row for each picture or clip, and its scores. The surprising thing: between the
-steps travels a small copy of the picture, not the file, so that a batch of the largest pictures is no larger than one of small ones.
+In: a dataframe of manifest rows. Out: the same with one row for each picture or clip, and its scores. The surprising thing: nothing of a
+file travels but numbers and a thumbnail, and where CLIP models are asked a small copy, so that the largest files take no more memory.
 
 Each step is a Daft class: natively one instance for each core, in this process; on a cluster an actor.
 """
 
 from __future__ import annotations
 
+import io
 import time
 from dataclasses import asdict, fields
 from functools import lru_cache
@@ -20,8 +21,7 @@ from PIL import Image
 from openemu3.curation.clip_scores import AestheticPredictor, HumanPreference, MultiDimensionalPreference
 from openemu3.curation.engine import Runner
 from openemu3.curation.guard import Crashed, Guard, TookTooLong
-from openemu3.curation.sources import Item
-from openemu3.curation.text import TextDetector
+from openemu3.curation.sources import Item, Kind
 from openemu3.records import InputError
 
 if TYPE_CHECKING:
@@ -47,8 +47,8 @@ def add_scores(daft: ModuleType, frame: Any, config: RunConfig, runner: Runner, 
         "sha256": text,
         "hash": text,
         **dict.fromkeys(_WHOLE_NUMBERS, kind.int64()),
-        **dict.fromkeys(("start", "seconds", "fps", "colour_spread", "contrast", "motion", "clip_text_coverage"), number),
-        **dict.fromkeys(("seconds_read", "seconds_decode", "seconds_measure", "clip_seconds_text"), number),
+        **dict.fromkeys(("start", "seconds", "fps", "colour_spread", "contrast", "motion", "text_coverage"), number),
+        **dict.fromkeys(("seconds_read", "seconds_decode", "seconds_measure", "seconds_text"), number),
         "pixels": data,
         "thumbnail": data,
     }
@@ -63,21 +63,10 @@ def add_scores(daft: ModuleType, frame: Any, config: RunConfig, runner: Runner, 
         def __call__(self, *columns: Any) -> list[list[dict[str, Any]]]:
             return [self.look(dict(zip(_ITEM_COLUMNS, values, strict=True))) for values in zip(*map(_to_list, columns), strict=True)]
 
-    @daft.cls(**processes)
-    class FindText:
-        def __init__(self, score: ScoreConfig) -> None:
-            self.detector = TextDetector(score.working_side)
-
-        @daft.method.batch(
-            return_dtype=kind.struct({"text_coverage": number, "seconds_text": number}), unnest=True, batch_size=_ITEMS_AT_ONCE
-        )
-        def __call__(self, pixels: Any, height: Any, width: Any) -> list[dict[str, Any]]:
-            return [find_text(self.detector, *values) for values in zip(*map(_to_list, (pixels, height, width)), strict=True)]
-
     @daft.cls(gpus=1 if config.score.device == "cuda" else 0, **processes)
     class AskClip:
         def __init__(self, score: ScoreConfig) -> None:
-            self.models, self.embed = load_models(score), score.embed
+            self.models, self.embed, self.kind = load_models(score), score.embed, config.source.kind
 
         @daft.method.batch(
             return_dtype=kind.struct(
@@ -87,18 +76,11 @@ def add_scores(daft: ModuleType, frame: Any, config: RunConfig, runner: Runner, 
             batch_size=_PICTURES_AT_ONCE,
         )
         def __call__(self, *columns: Any) -> list[dict[str, Any]]:
-            return ask_clip(self.models, self.embed, list(zip(*map(_to_list, columns), strict=True)))
+            return ask_clip(self.models, self.embed, self.kind, list(zip(*map(_to_list, columns), strict=True)))
 
     col = daft.col
     frame = frame.with_column("looked", Look(config.score, config.source.kind)(*(col(name) for name in _ITEM_COLUMNS))).explode("looked")
     frame = frame.select(*(col(name) for name in frame.column_names if name != "looked"), daft.functions.unnest(col("looked")))
-    if config.source.kind == "video":
-        frame = frame.with_columns_renamed({"clip_text_coverage": "text_coverage", "clip_seconds_text": "seconds_text"})
-    else:
-        frame = frame.exclude("clip_text_coverage", "clip_seconds_text")
-        if config.score.text:
-            measure = FindText(config.score)(col("pixels"), col("pixels_height"), col("pixels_width"))
-            frame = frame.select(*(col(name) for name in frame.column_names), measure)
     if any(load_models(config.score)):
         asked = AskClip(config.score)(*(col(name) for name in ("pixels", "num_pictures", "pixels_height", "pixels_width", "captions")))
         frame = frame.select(*(col(name) for name in frame.column_names), asked)
@@ -118,12 +100,15 @@ class FileInspector:
 
     def __init__(self, score: ScoreConfig, kind: str) -> None:
         function = "openemu3.curation.inspection:inspect_image" if kind == "image" else "openemu3.curation.films:inspect_video"
-        self.guard = Guard(function, score.seconds_per_file * (1 if kind == "image" else 10))
-        self.limits = {name: getattr(score, name) for name in ("max_bytes", "working_side", "thumbnail_side")}
+        prepare = "openemu3.curation.inspection:load_detector" if score.text else ""
+        self.guard = Guard(function, score.seconds_per_file * (1 if kind == "image" else 10), prepare)
+        self.limits = {name: getattr(score, name) for name in ("max_bytes", "working_side", "thumbnail_side", "text")}
+        self.limits["keep_pixels"] = any((score.aesthetic_clip, score.hps_weights, score.mps_weights))
 
     def __call__(self, item: dict[str, Any]) -> list[dict[str, Any]]:
         if item["refused"]:
-            return [{"reason": item["refused"], "detail": f"{item['id']}: {item['refused']}", "num_rows": 1}]
+            # What follows the colon is different for each file, and a reason is what files are counted by.
+            return [{"reason": item["refused"].partition(":")[0], "detail": f"{item['id']}: {item['refused']}", "num_rows": 1}]
         began = time.perf_counter()
         try:
             answer, payload = self.guard.call({"item": item, **self.limits})
@@ -136,19 +121,11 @@ class FileInspector:
         rows, view = [], memoryview(payload)
         for row in answer["rows"]:
             pixels, thumbnail = row.pop("pixels_length", 0), row.pop("thumbnail_length", 0)
-            if pixels:
-                row |= {"pixels": bytes(view[:pixels]), "thumbnail": bytes(view[pixels : pixels + thumbnail])}
+            if thumbnail:
+                row |= {"pixels": bytes(view[:pixels]) or None, "thumbnail": bytes(view[pixels : pixels + thumbnail])}
                 view = view[pixels + thumbnail :]
             rows.append({"reason": "", "detail": "", **row, "num_rows": len(answer["rows"])})
         return rows
-
-
-def find_text(detector: TextDetector, pixels: bytes | None, height: int | None, width: int | None) -> dict[str, Any]:
-    if not pixels or height is None or width is None:
-        return {"text_coverage": None, "seconds_text": None}
-    began = time.perf_counter()
-    measure = detector.measure(np.frombuffer(pixels, np.uint8).reshape(height, width, 3))
-    return {"text_coverage": measure.coverage, "seconds_text": time.perf_counter() - began}
 
 
 Models = tuple[AestheticPredictor | None, HumanPreference | None, MultiDimensionalPreference | None]
@@ -178,16 +155,17 @@ def _load_models(
     )
 
 
-def ask_clip(models: Models, embed: bool, rows: list[tuple[Any, ...]]) -> list[dict[str, Any]]:
+def ask_clip(models: Models, embed: bool, kind: Kind, rows: list[tuple[Any, ...]]) -> list[dict[str, Any]]:
     """rows: (pixels, num_pictures, height, width, captions) -> the scores of each; of several pictures in a row the lowest, the mean
-    feature, and for prompts the middle picture."""
+    feature, and for prompts the middle picture. pixels: uint8 RGB of a picture; of a clip a JPEG of its frames, one above the other."""
     aesthetic, hps, mps = models
     began = time.perf_counter()
     scores: list[dict[str, Any]] = [{} for _ in rows]
     owners, pictures = [], []
     for index, (pixels, count, height, width, _) in enumerate(rows):
         if pixels:
-            for frame in np.frombuffer(pixels, np.uint8).reshape(count, height, width, 3):
+            frames = np.asarray(Image.open(io.BytesIO(pixels), formats=("JPEG",))) if kind == "video" else np.frombuffer(pixels, np.uint8)
+            for frame in frames.reshape(count, height, width, 3):
                 owners.append(index)
                 pictures.append(Image.fromarray(frame))
     if aesthetic is not None and pictures:

@@ -24,6 +24,7 @@ import re
 import stat
 import tarfile
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
@@ -112,8 +113,8 @@ class SourceConfig:
 def list_items(sources: Iterable[str], config: SourceConfig) -> Iterator[Item]:
     """All items of all sources, always in the same order.
 
-    Held at any time: the names of one folder and its parents, or one batch of a table's rows. Raises InputError for a source that is
-    not there or that cannot be opened; whatever is wrong within one becomes a refused item.
+    Held at any time: the names of one folder and its parents (of a store: its folder's files), or one batch of a table's rows. Raises
+    InputError for a source that is not there or that cannot be opened; whatever is wrong within one becomes a refused item.
     """
     names: set[str] = set()
     for source in sources:
@@ -123,9 +124,9 @@ def list_items(sources: Iterable[str], config: SourceConfig) -> Iterator[Item]:
 def _list_source(source: str, name: str, config: SourceConfig) -> Iterator[Item]:
     if is_remote(source):
         if Path(urlsplit(source).path).suffix.lower() in _CONTAINERS | SUFFIXES[config.kind]:
-            yield from _list_files([_Entry(name, source)], "", config, posixpath.dirname(source))
+            yield from _list_files([[_Entry(name, source)]], "", config, posixpath.dirname(source))
         else:
-            yield from _list_files(_walk_remote(source), name, config, source)
+            yield from _list_files(_group_by_stem(_walk_remote(source)), name, config, source)
         return
     path = Path(source)
     if not path.exists():
@@ -134,7 +135,7 @@ def _list_source(source: str, name: str, config: SourceConfig) -> Iterator[Item]
     if path.is_dir():
         yield from _list_files(_walk(path), name, config, path.as_uri())
     elif path.suffix.lower() in _CONTAINERS | SUFFIXES[config.kind]:
-        yield from _list_files([_Entry(name, path.as_uri())], "", config, path.parent.as_uri())
+        yield from _list_files([[_Entry(name, path.as_uri())]], "", config, path.parent.as_uri())
     else:
         allowed = ", ".join(sorted(_CONTAINERS | SUFFIXES[config.kind]))
         raise InputError(f"source {source!r} is no file that is read here; allowed are folders and files that end in {allowed}")
@@ -173,6 +174,24 @@ def open_uri(uri: str) -> IO[bytes]:
         return open(descriptor, "rb")
     opened: IO[bytes] = import_daft().File(uri).open()
     return opened
+
+
+@contextmanager
+def open_item(item: Item, max_bytes: int) -> Iterator[str | bytes]:
+    """An item as the functions of `media` take it: the path of a file that is the item, else its bytes.
+
+    So a film of gigabytes is not held, unless it lies in a tar, a table or a store. The path is good within the `with` alone: it stands for
+    the file that was opened, so that nobody can put a link in its place meanwhile. Raises InputError as `read_item` does.
+    """
+    if item.column or item.offset is not None or urlsplit(item.uri).scheme != "file":
+        yield read_item(item, max_bytes)
+        return
+    try:
+        file = open_uri(item.uri)
+    except OSError as error:
+        raise InputError(f"item {item.id!r} cannot be read: {_say(error)}") from error
+    with file:
+        yield f"/dev/fd/{file.fileno()}"
 
 
 def is_remote(uri: str) -> bool:
@@ -219,29 +238,34 @@ class _Entry:
     refused: str = ""
 
 
-def _walk(folder: Path) -> Iterator[_Entry]:
-    """Plain files below a folder, by name, hidden ones left out. Links are refused, not followed."""
+def _walk(folder: Path) -> Iterator[list[_Entry]]:
+    """Plain files below a folder, those of one stem together, hidden ones left out; the files of a folder come before its folders.
 
-    def visit(path: bytes, relative: str) -> Iterator[_Entry]:
+    Links are refused, not followed. Of a folder its names alone are held, since there are folders of a million files.
+    """
+
+    def visit(path: bytes, relative: str) -> Iterator[list[_Entry]]:
+        files: list[bytes] = []
+        folders: list[bytes] = []
         with os.scandir(path) as found:
-            entries = sorted(found, key=lambda entry: entry.name)
-        for entry in entries:
-            # Names are bytes; a data set's are Unicode.
-            name = posixpath.join(relative, _decode_name(entry.name))
-            if entry.name.startswith(b"."):
-                continue
-            if entry.is_dir(follow_symlinks=False):
-                yield from visit(entry.path, name)
-                continue
-            uri = _make_uri(entry.path)
-            if entry.is_symlink():
-                yield _Entry(name, uri, "symlink")
-            elif entry.is_file(follow_symlinks=False):
-                yield _Entry(name, uri)
-            else:
-                yield _Entry(name, uri, "not a file")
+            for entry in found:
+                if not entry.name.startswith(b"."):
+                    (folders if entry.is_dir(follow_symlinks=False) else files).append(entry.name)
+        files.sort(key=posixpath.splitext)
+        for _, names in itertools.groupby(files, key=lambda name: posixpath.splitext(name)[0]):
+            yield [_look_at(posixpath.join(path, name), posixpath.join(relative, _decode_name(name))) for name in names]
+        for name in sorted(folders):
+            yield from visit(posixpath.join(path, name), posixpath.join(relative, _decode_name(name)))
 
     yield from visit(os.fsencode(folder), "")
+
+
+def _look_at(path: bytes, relative: str) -> _Entry:
+    try:
+        mode = os.lstat(path).st_mode
+    except OSError:
+        return _Entry(relative, _make_uri(path), "gone")
+    return _Entry(relative, _make_uri(path), "" if stat.S_ISREG(mode) else "symlink" if stat.S_ISLNK(mode) else "not a file")
 
 
 def _walk_remote(url: str) -> Iterator[_Entry]:
@@ -269,16 +293,15 @@ def _make_uri(path: bytes) -> str:
     return "file://" + quote_from_bytes(path)
 
 
-def _list_files(entries: Iterable[_Entry], name: str, config: SourceConfig, base: str) -> Iterator[Item]:
+def _list_files(groups: Iterable[list[_Entry]], name: str, config: SourceConfig, base: str) -> Iterator[Item]:
     """Items of the files. Files of one stem are together: a.jpg, a.json and a.txt; a.tar and its table a.parquet."""
-    for group in _group_by_stem(entries):
+    for group in groups:
         by_suffix = {posixpath.splitext(entry.relative)[1].lower(): entry for entry in group}
-        if ".tar" in by_suffix:
-            by_suffix.pop(".parquet", None)  # img2dataset's table of what is in the tar
         captions: dict[str, str] | None = None
-        for suffix, entry in by_suffix.items():
-            if suffix not in _CONTAINERS | SUFFIXES[config.kind]:
-                continue
+        for entry in group:  # not those of by_suffix: a.jpg and a.JPG are two files
+            suffix = posixpath.splitext(entry.relative)[1].lower()
+            if suffix not in _CONTAINERS | SUFFIXES[config.kind] or (suffix == ".parquet" and ".tar" in by_suffix):
+                continue  # the latter is img2dataset's table of what is in the tar
             if entry.refused:
                 yield Item(posixpath.join(name, entry.relative), entry.uri, refused=entry.refused)
             elif suffix in _CONTAINERS:
@@ -292,8 +315,7 @@ def _list_files(entries: Iterable[_Entry], name: str, config: SourceConfig, base
 
 
 def _group_by_stem(entries: Iterable[_Entry]) -> Iterator[list[_Entry]]:
-    """Files of one folder whose names differ in the suffix alone. Sorted names would not do: "a-1.jpg" comes between "a.jpg" and "a.txt"
-    in some orders, and stores have their own."""
+    """Objects of one folder whose names differ in the suffix alone, whatever the store's order."""
     folder: str | None = None
     groups: dict[str, list[_Entry]] = {}
     for entry in entries:
@@ -362,16 +384,14 @@ def _list_tar(entry: _Entry, name: str, config: SourceConfig, base: str) -> Iter
     """A tar's items by key, in order: members whose path up to the name's first dot is the same and that follow each other."""
     key: str | None = None
     numbers = itertools.count()
-    members: dict[str, tarfile.TarInfo] = {}
+    members: list[tarfile.TarInfo] = []
     texts: dict[str, bytes] = {}
 
     def finish() -> Iterator[Item]:
         captions: dict[str, str] = {}
         for suffix, data in texts.items():
             captions.update(_parse_caption(data, suffix, config))
-        for suffix, member in members.items():
-            if suffix not in SUFFIXES[config.kind]:
-                continue
+        for member in members:
             inner, number = clean_text(member.name), next(numbers)
             refused = ""
             if _escapes(member.name):
@@ -394,8 +414,9 @@ def _list_tar(entry: _Entry, name: str, config: SourceConfig, base: str) -> Iter
                 suffix = "." + extension.lower()
                 if posixpath.join(head, stem) != key:
                     yield from finish()
-                    key, members, texts = posixpath.join(head, stem), {}, {}
-                members[suffix] = member
+                    key, members, texts = posixpath.join(head, stem), [], {}
+                if posixpath.splitext(last)[1].lower() in SUFFIXES[config.kind]:  # a name may have more dots: 1.left.jpg and 1.right.jpg
+                    members.append(member)
                 if suffix in (".txt", ".json", ".caption") and member.isreg() and member.size <= MAX_CAPTION_BYTES:
                     extracted = tar.extractfile(member)
                     texts[suffix] = extracted.read() if extracted is not None else b""

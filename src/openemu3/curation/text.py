@@ -15,6 +15,8 @@ from numpy.typing import NDArray
 
 from openemu3.records import InputError
 
+# Longest side, in pixels, of the pictures that text is looked for in.
+TEXT_SIDE = 640
 # Tallest line of text, as a share of the picture's shorter edge.
 MAX_LINE_HEIGHT = 0.5
 
@@ -36,7 +38,7 @@ class TextDetector:
     Raises InputError where rapidocr is not installed.
     """
 
-    def __init__(self, longest_side: int = 960, num_threads: int = 1) -> None:
+    def __init__(self, longest_side: int = TEXT_SIDE, num_threads: int = 1) -> None:
         try:
             from rapidocr import RapidOCR
         except ImportError as error:
