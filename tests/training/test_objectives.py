@@ -113,7 +113,7 @@ class Largest(TorchDispatchMode):
             self.num_elements = max(self.num_elements, result.numel())
             if result.dtype == torch.float32:
                 self.num_fp32_elements = max(self.num_fp32_elements, result.numel())
-        self.num_products += func is torch.ops.aten.mm.default
+        self.num_products += func.overloadpacket is torch.ops.aten.mm
         return result
 
 

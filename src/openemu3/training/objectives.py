@@ -20,7 +20,7 @@ from torch.autograd.function import once_differentiable
 from torch.distributed.tensor import DTensor
 
 CHUNK = 512  # tokens whose logits exist at a time: 0.18 GiB in bf16 with the published vocabulary
-VOCABULARY_SLICE = 16_384
+VOCABULARY_SLICE = 4096  # rows of the head whose gradient exists twice
 # Logits that exist in fp32 at a time. On a CPU they stay in its cache then, and all that is done to them takes a quarter of the time that
 # it takes for a whole chunk, whose memory every operation fetches anew from the system. On a GPU each operation must be worth starting.
 CPU_TILE, GPU_TILE = 2**20, 2**25
@@ -58,17 +58,17 @@ class LinearCrossEntropy(torch.autograd.Function):
         learns_head = make_gradients and ctx.needs_input_grad[1]  # a frozen head, as under LoRA, needs no memory for its gradient
         grad_head = torch.zeros_like(head, dtype=torch.float32) if learns_head else None
         losses = torch.empty(len(targets), dtype=torch.float32, device=hidden.device)
+        memory = hidden.new_empty(min(chunk, len(targets)), len(head))  # of all chunks: new memory is slow to come by on a CPU
         sums_under_way = []
         for start in range(0, len(targets), chunk):
             part = slice(start, start + chunk)
-            logits = hidden[part] @ head_cast.t()  # [n, V], or this rank's rows of it
+            logits = torch.mm(hidden[part], head_cast.t(), out=memory[: len(targets[part])])  # [n, V], or this rank's rows of it
             target = (targets[part] - rows.first).unsqueeze(1)
             is_here = (target >= 0) & (target < len(head))
             target = target.clamp(0, len(head) - 1)
             log_normaliser, target_logit = normalise(logits, target, is_here, rows.group)
             losses[part] = log_normaliser - target_logit
             if not make_gradients:  # measuring alone: two of the three products are not needed
-                del logits
                 continue
             grad = differentiate_in_place(logits, log_normaliser, target, is_here, weights[part])
             grad_hidden[part] = grad @ head_cast
@@ -76,7 +76,6 @@ class LinearCrossEntropy(torch.autograd.Function):
                 sums_under_way.append(dist.all_reduce(grad_hidden[part], group=rows.group, async_op=True))
             if grad_head is not None:
                 add_head_gradient(grad_head, grad, hidden[part])
-            del logits, grad  # or they would live while the next ones are made
         for work in sums_under_way:
             work.wait()
         ctx.save_for_backward(grad_hidden, None if grad_head is None else grad_head.to(head.dtype))
