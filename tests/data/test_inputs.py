@@ -387,3 +387,32 @@ def test_inputs_know_when_they_are_others(tmp_path):
     (folder,) = open_inputs([tmp_path / "f"], InputConfig())
     (tmp_path / "f" / "a.png").rename(tmp_path / "f" / "b.png")
     assert open_inputs([tmp_path / "f"], InputConfig())[0].stamp != folder.stamp
+
+
+# ---- what strangers put into samples
+
+
+def test_json_that_is_nested_too_deeply_is_refused(tmp_path):
+    """It once ended the whole run with a RecursionError."""
+    (tmp_path / "a.png").write_bytes(make_picture(0))
+    (tmp_path / "a.json").write_text("[" * 100_000)
+    with tarfile.open(tmp_path / "b.tar", "w") as tar:
+        for name in ("a.png", "a.json"):
+            tar.add(tmp_path / name, name)
+    for found in (read_all(tmp_path / "b.tar"), read_all(tmp_path)):  # the folder holds the tar, too
+        assert {item.reason for item in found} == {"the JSON beside it is nested too deeply"}
+
+
+def test_names_that_are_no_unicode_are_spelled_out(tmp_path):
+    """Half a surrogate pair in JSON, and file names of another encoding: neither can be written to a shard."""
+    path = tmp_path / "c.jsonl"
+    path.write_text('{"id": "a\\ud800", "text": "one"}\n')
+    (item,) = read_all(path)
+    assert item.id == "a\\ud800"
+    folder = tmp_path / os.fsdecode("表".encode("gbk"))
+    folder.mkdir()
+    (folder / os.fsdecode("情.png".encode("gbk"))).write_bytes(make_picture(0))
+    (folder / os.fsdecode("情.json".encode("gbk"))).write_text('{"caption": "a face", "split": "x\\udc00"}')
+    (item,) = read_all(folder)
+    assert (item.id, item.dataset, item.split) == ("\\udcc7\\udce9.png", "\\udcb1\\udced", "x\\udc00")
+    assert item.captions == {"und": "a face"} and item.media.exists()

@@ -22,7 +22,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from openemu3.data.inputs import Input
+from openemu3.data.inputs import Input, spell_out
 from openemu3.data.shards import MANIFEST_FILE, write_documents
 from openemu3.media import write_aside
 from openemu3.records import InputError
@@ -140,7 +140,7 @@ def write_corpus(
 
 def _identify(one: Input) -> dict[str, str]:
     """What must be the same for a run to go on."""
-    return {"name": one.path.name, "part": one.part, "stamp": one.stamp}
+    return {"name": spell_out(one.path.name), "part": one.part, "stamp": one.stamp}
 
 
 def _load_plan(folder: Path, made_of: dict[str, Any], inputs: Sequence[Input]) -> list[Shard]:
@@ -228,7 +228,7 @@ def _write_shard(
         "tokens": roles.total(),
         "sources": dict(sorted(sources.items())),
         "roles": {name: number for name, number in sorted(roles.items()) if number},
-        "refused": sorted([refusal.sample_id, refusal.reason] for refusal in refused),
+        "refused": sorted([spell_out(refusal.sample_id), spell_out(refusal.reason)] for refusal in refused),
     }
     _write_json(folder / f"{shard.name}.json", marker)
     return marker

@@ -112,7 +112,7 @@ _ALLOWED = "allowed are files of samples, pictures and films with captions, .tar
 def _open(path: Path, config: InputConfig) -> Iterator[Input]:
     if not path.exists():
         raise InputError(f"{path} is not there; {_ALLOWED}")
-    reading = _Reading(config, config.dataset if config.dataset is not None else _name(path))
+    reading = _Reading(config, spell_out(config.dataset if config.dataset is not None else _name(path)))
     if not path.is_dir():
         yield _open_file(path, reading)
     elif any((path / name).exists() for name in ("dataset_dict.json", "state.json")):
@@ -152,18 +152,25 @@ class _Reading:
         return "validation" if draw_lot("split", self.dataset, item_id) < self.config.validation_share else "train"
 
     def make_text(self, item_id: str, text: object) -> Item | Refusal:
+        item_id = spell_out(item_id)
         if not isinstance(text, str) or not text.strip():
             return Refusal(item_id, "its text is empty" if isinstance(text, str) or text is None else f"its text is {type(text).__name__}")
         return Item(item_id, "text", None, {ANY_LANGUAGE: text}, self.choose_split(item_id), dataset=self.dataset)
 
     def make_medium(self, item_id: str, suffix: str, media: bytes | Path, facts: Mapping[str, Any]) -> Item | Refusal:
         """facts: "captions" (language -> caption), and where known "split" and "fps"."""
+        item_id = spell_out(item_id)
         try:
             kind = "image" if suffix in PICTURES else "video" if suffix in FILMS else detect_kind(media)
-            split, fps = facts.get("split") or self.choose_split(item_id), facts.get("fps")
-            return Item(item_id, kind, media, facts["captions"], str(split), None if fps is None else float(fps), self.dataset)
+            split, fps = spell_out(str(facts.get("split") or self.choose_split(item_id))), facts.get("fps")
+            return Item(item_id, kind, media, facts["captions"], split, None if fps is None else float(fps), self.dataset)
         except (ValueError, TypeError, OSError) as error:
             return Refusal(item_id, str(error))
+
+
+def spell_out(name: str) -> str:
+    """A name that can be written as UTF-8: what cannot, in file names of another encoding and in JSON's "\\ud800", is spelled out."""
+    return name.encode("utf-8", "backslashreplace").decode("utf-8")
 
 
 # ---- our own samples
@@ -276,7 +283,10 @@ def _read_whole_text(path: Path) -> str:
 
 def _read_facts(contents: bytes, config: InputConfig) -> dict[str, Any]:
     """What the JSON beside a medium says: {"captions": ..., "split": ..., "fps": ...}."""
-    raw = json.loads(contents)
+    try:
+        raw = json.loads(contents)
+    except RecursionError as error:
+        raise InputError("the JSON beside it is nested too deeply") from error
     if not isinstance(raw, dict):
         raise InputError(f"the JSON beside it is a {type(raw).__name__}; it must be an object with its caption")
     names = ["captions", "caption", "text"] if config.text_column is None else [config.text_column]
