@@ -81,7 +81,7 @@ def test_packing_is_shown_before_training(raw, tokenizers, tmp_path, capsys):
     for arguments, words in (
         (["--context-length", 64, "--mixture", "paint", 1], "mixture names 'paint'"),
         (["--context-length", 1], "context_length is 1"),
-        (["--split", "nowhere"], "no documents of split ['nowhere']"),
+        (["--split", "nowhere"], "no documents of split 'nowhere' in "),
     ):
         code, out, err = run(capsys, "pack", tmp_path / "out", *arguments)
         assert code == 2 and out == "" and words in err and err.count("\n") == 1

@@ -19,12 +19,15 @@ from numpy.typing import NDArray
 from openemu3.data.shards import DocumentStore
 from openemu3.records import InputError
 
+WITH_VISION = ("draw", "describe", "film", "describe_video")  # sources that `emu3 tokenize` makes of pictures and films
+
 
 @dataclass(frozen=True)
 class MixtureConfig:
     """Either rates or shares, or neither: every document once an epoch."""
 
-    # Key -> how often a document is seen per epoch. A document that several keys name gets their product, one that none names 1.
+    # Key -> how often a document is seen per epoch. A document that several keys name gets their product, one that none names 1. Of the
+    # sources in WITH_VISION some may be missing: a preset's rates serve those who have pictures alone, too.
     rates: dict[str, float] = field(default_factory=dict)
     # Key -> part of the tokens (of all shares together). Documents that no key names are left out; an epoch has as many tokens as the
     # documents that are named.
@@ -54,7 +57,8 @@ def compute_rates(config: MixtureConfig, store: DocumentStore) -> NDArray[np.flo
         for key, mask in masks.items():
             rates[mask] = config.shares[key] / sum_of_shares * total / store.lengths[mask].sum()
     for key, rate in config.rates.items():
-        rates[_find(key, store)] *= rate
+        if key in store.sources or key not in WITH_VISION:
+            rates[_find(key, store)] *= rate
     if not rates.any():
         raise InputError(f"mixture {config.rates} leaves out every document; give one source more than 0")
     return rates

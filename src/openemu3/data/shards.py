@@ -179,6 +179,7 @@ class DocumentStore:
     def __init__(
         self, paths: Iterable[Path | str], splits: Collection[str], fingerprint: str | None = None, cache: Path | None = None
     ) -> None:
+        paths = list(paths)
         shards = list_shards(paths)
         copies = [_copy_to_arrow(shard, fingerprint, shard.parent / CACHE_FOLDER if cache is None else cache) for shard in shards]
         self._readers = [pa.ipc.open_file(pa.memory_map(str(copy))) for copy in copies]
@@ -201,7 +202,11 @@ class DocumentStore:
                 self._batches.append((index, number))
         joined = {name: np.concatenate(parts) if parts else np.zeros(0, np.int64) for name, parts in columns.items()}
         if not len(joined["row"]):
-            raise InputError(f"no documents of split {sorted(splits)} in {[str(shard) for shard in shards]}")
+            found = sorted({name for reader in self._readers for name in pc.unique(reader.read_all()["split"]).to_pylist()})
+            raise InputError(
+                f"no documents of split {' or '.join(map(repr, sorted(splits)))} in {', '.join(map(str, paths))}; "
+                f"their splits are {', '.join(map(repr, found[:20])) or 'none: there are no documents'}"
+            )
         self._batch_of, self._row_of = joined["batch"], joined["row"]
         self.lengths, self.num_context, self.num_vision = joined["length"], joined["context"], joined["vision"]
         self.source_of, self.dataset_of = joined["source"], joined["dataset"]
