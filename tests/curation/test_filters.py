@@ -83,6 +83,14 @@ def test_clips_are_judged_in_the_order_of_the_paper() -> None:
     assert steps.tolist() == expected
 
 
+def test_text_that_was_not_measured_matters_only_where_text_does() -> None:
+    rows = make_rows(2, text_coverage=[float("nan"), 0.0])
+    assert decide(rows, VideoThresholds(min_aesthetic=None))[1].tolist() == ["text not measured", ""]
+    assert decide(rows, VideoThresholds(min_aesthetic=None, max_text_coverage=1.0))[1].tolist() == ["", ""]
+    assert decide(rows, ImageThresholds(min_aesthetic=None))[1].tolist() == ["text not measured", ""]
+    assert decide(rows, ImageThresholds(min_aesthetic=None, max_text_coverage=1.0))[1].tolist() == ["", ""]
+
+
 def test_a_threshold_on_a_score_that_nothing_has_is_an_error() -> None:
     with pytest.raises(InputError, match="no item has an aesthetic score"):
         check_scores({"aesthetic": 0}, ImageThresholds())

@@ -51,6 +51,8 @@ class CurateSource:
     """LAION's improved aesthetic predictor, sac+logos+ava1-l14-linearMSE, as safetensors (recipes/convert_score_weights.py)."""
     no_aesthetic: bool = False
     """Leave the aesthetic step out."""
+    no_text: bool = False
+    """Leave the text step out: it takes most of the time of a run without CLIP models."""
     hps_clip: Path | None = None
     """Folder of CLIP ViT-H/14 with its tokenizer, for HPSv2.1 and MPS (laion/CLIP-ViT-H-14-laion2B-s32B-b79K)."""
     hps_weights: Path | None = None
@@ -64,7 +66,7 @@ class CurateSource:
     source_name: str = "curated"
     """What the samples say about where they are from."""
     seconds_per_file: float = 30.0
-    """Longest time for decoding and measuring one picture; a film has ten times as long."""
+    """Longest time for decoding and measuring one picture. A film may take as long as it needs, but stand still for ten times that."""
     rows_per_part: int = 256
     """Files that are done or not done together, when a run is stopped."""
     runner: Literal["native", "ray"] = "native"
@@ -72,7 +74,7 @@ class CurateSource:
     ray_address: str | None = None
     """A running cluster, such as ray://host:10001 or auto; otherwise ray starts one on this machine."""
     workers: int | None = None
-    """Processes for each step on the cluster; natively there is a thread for each core."""
+    """Processes that decode and measure, on the cluster for each step; otherwise one for each core, on the cluster one."""
     device: Device = "auto"
     """Where CLIP models compute."""
     json: Json = False
@@ -102,7 +104,7 @@ class CurateImages(CurateSource):
             self.min_width,
             self.min_height,
             None if self.no_aesthetic else self.min_aesthetic,
-            self.max_text_coverage,
+            1.0 if self.no_text else self.max_text_coverage,
             self.min_colour_spread,
             self.max_hash_distance,
         )
@@ -132,7 +134,7 @@ class CurateVideos(CurateSource):
         thresholds = VideoThresholds(
             self.min_seconds,
             self.min_short_edge,
-            self.max_text_coverage,
+            1.0 if self.no_text else self.max_text_coverage,
             self.min_motion,
             self.max_motion,
             None if self.no_aesthetic else self.min_aesthetic,
@@ -422,6 +424,7 @@ def _curate(options: CurateSource, kind: Literal["image", "video"], thresholds: 
         hps_clip=_to_text(options.hps_clip),
         hps_weights=_to_text(options.hps_weights),
         mps_weights=_to_text(options.mps_weights),
+        text=not options.no_text,
         embed=embed,
         seconds_per_file=options.seconds_per_file,
         device=choose_device(options.device),

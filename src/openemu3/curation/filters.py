@@ -30,7 +30,7 @@ class ImageThresholds:
     Args:
         min_width, min_height: pixels, as displayed.
         min_aesthetic: LAION's predictor, 1 to 10; None leaves the aesthetic step out, and all pictures go through the two that follow.
-        max_text_coverage: share of the picture under text, for pictures below min_aesthetic.
+        max_text_coverage: share of the picture under text, for pictures below min_aesthetic; 1 leaves the text step out.
         min_colour_spread: 8-bit levels, for the same pictures; below it is grey, sepia or flat.
         max_hash_distance: bits of 64 in which the perceptual hashes of near-duplicates differ, 0 to 8; -1 keeps near-duplicates.
     """
@@ -55,7 +55,7 @@ class VideoThresholds:
     Args:
         min_seconds: shortest clip.
         min_short_edge: pixels.
-        max_text_coverage: mean share of the sampled frames under text.
+        max_text_coverage: mean share of the sampled frames under text; 1 leaves the text step out.
         min_motion, max_motion: mean length of the optical flow per frame, divided by the shorter edge.
         min_aesthetic: LAION's predictor on three frames, the lowest of them; None leaves the step out.
         max_hash_distance: as for pictures, of the middle frame.
@@ -107,7 +107,8 @@ def refuse_small(rows: Rows, thresholds: ImageThresholds) -> Iterator[tuple[str,
 def refuse_text(rows: Rows, thresholds: ImageThresholds) -> Iterator[tuple[str, Mask]]:
     """Of the pictures that the aesthetic predictor does not like."""
     covered = rows["text_coverage"]
-    yield "text not measured", is_below_aesthetic(rows, thresholds) & np.isnan(covered)
+    if thresholds.max_text_coverage < 1:
+        yield "text not measured", is_below_aesthetic(rows, thresholds) & np.isnan(covered)
     yield (
         f"text on more than {thresholds.max_text_coverage:.1%}",
         is_below_aesthetic(rows, thresholds) & (covered > thresholds.max_text_coverage),
@@ -136,7 +137,9 @@ def refuse_short(rows: Rows, thresholds: VideoThresholds) -> Iterator[tuple[str,
 
 
 def refuse_text_in_clip(rows: Rows, thresholds: VideoThresholds) -> Iterator[tuple[str, Mask]]:
-    yield f"text on more than {thresholds.max_text_coverage:.1%}", ~(rows["text_coverage"] <= thresholds.max_text_coverage)
+    if thresholds.max_text_coverage < 1:
+        yield "text not measured", np.isnan(rows["text_coverage"])
+    yield f"text on more than {thresholds.max_text_coverage:.1%}", rows["text_coverage"] > thresholds.max_text_coverage
 
 
 def refuse_motion(rows: Rows, thresholds: VideoThresholds) -> Iterator[tuple[str, Mask]]:

@@ -67,19 +67,14 @@ def _inspect(arguments: dict[str, Any]) -> tuple[dict[str, Any], bytes, bytes]:
         2 * max(_COPY_SIDE, arguments["thumbnail_side"]),
     )
     try:
-        opened = _open_reduced_jpeg(data, side)
-        if opened is None:
-            if _moves(data):
-                return measures | {"reason": "moving", "detail": "it is animated or a film; emu3 curate videos takes those"}, b"", b""
-            picture = open_image(data)
-            size = picture.size
-        else:
-            picture, size = opened
+        opened = open_reduced(data, side)
     except InputError as error:
         too_large = "too large" in str(error)
         return measures | {"reason": "too large" if too_large else "unreadable", "detail": str(error)}, b"", b""
-    picture.thumbnail((side, side), Image.Resampling.BOX, reducing_gap=None)
-    measures |= {"width": size[0], "height": size[1], "seconds_decode": time.perf_counter() - after_read}
+    if opened is None:
+        return measures | {"reason": "moving", "detail": "it is animated or a film; emu3 curate videos takes those"}, b"", b""
+    picture, (width, height) = opened
+    measures |= {"width": width, "height": height, "seconds_decode": time.perf_counter() - after_read}
     if arguments["text"]:
         before_text = time.perf_counter()
         copy = picture.copy()
@@ -97,6 +92,22 @@ def _inspect(arguments: dict[str, Any]) -> tuple[dict[str, Any], bytes, bytes]:
     measures |= measure_colours(np.asarray(picture)) | {"hash": f"{hash_picture(picture):016x}"}
     measures["seconds_measure"] = time.perf_counter() - before_measure
     return measures, pixels, thumbnail
+
+
+def open_reduced(data: bytes, side: int) -> tuple[Image.Image, tuple[int, int]] | None:
+    """A picture, upright, RGB, with the longer side of at most `side` pixels, and its own width and height; None for what moves.
+
+    All of the file is decoded. Raises InputError as `media.open_image` does.
+    """
+    opened = _open_reduced_jpeg(data, side)
+    if opened is None:
+        if _moves(data):
+            return None
+        whole = open_image(data)
+        opened = whole, whole.size
+    picture, size = opened
+    picture.thumbnail((side, side), Image.Resampling.BOX, reducing_gap=None)
+    return picture, size
 
 
 def _open_reduced_jpeg(data: bytes, side: int) -> tuple[Image.Image, tuple[int, int]] | None:

@@ -247,7 +247,7 @@ def score_items(
     """Scores all parts that are not done; returns the seconds it took.
 
     runner, address  as `engine.start_engine` takes them.
-    workers          processes on the cluster; natively there is one thread for each core.
+    workers          processes that look at files, on the cluster for each step; None: natively one for each core, on the cluster one.
     Held: the items that are being worked on, and finished rows of parts that are not complete yet.
     """
     from openemu3.curation.scoring import add_scores

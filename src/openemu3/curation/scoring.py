@@ -3,12 +3,15 @@
 In: a dataframe of manifest rows. Out: the same with one row for each picture or clip, and its scores. The surprising thing: nothing of a
 file travels but numbers and a thumbnail, and where CLIP models are asked a small copy, so that the largest files take no more memory.
 
-Each step is a Daft class: natively one instance for each core, in this process; on a cluster an actor.
+Each step is a Daft class: on a cluster an actor; natively one instance in this process, which Daft calls from a thread for each core.
 """
 
 from __future__ import annotations
 
+import contextlib
 import io
+import queue
+import threading
 import time
 from dataclasses import asdict, fields
 from functools import lru_cache
@@ -57,7 +60,7 @@ def add_scores(daft: ModuleType, frame: Any, config: RunConfig, runner: Runner, 
     @daft.cls(**processes)
     class Look:
         def __init__(self, score: ScoreConfig, media_kind: str) -> None:
-            self.look = FileInspector(score, media_kind)
+            self.look = FileInspector(score, media_kind, workers if runner == "native" else 1)
 
         @daft.method.batch(return_dtype=kind.list(kind.struct(looked)), batch_size=_ITEMS_AT_ONCE)
         def __call__(self, *columns: Any) -> list[list[dict[str, Any]]]:
@@ -96,22 +99,38 @@ def _to_list(series: Any) -> list[Any]:
 
 
 class FileInspector:
-    """Looks at files, each in a child process that is killed when it takes too long: one row for each picture or clip in them."""
+    """Looks at files, each in a child process that is killed when it takes too long: one row for each picture or clip in them.
 
-    def __init__(self, score: ScoreConfig, kind: str) -> None:
-        function = "openemu3.curation.inspection:inspect_image" if kind == "image" else "openemu3.curation.films:inspect_video"
-        prepare = "openemu3.curation.inspection:load_detector" if score.text else ""
-        self.guard = Guard(function, score.seconds_per_file * (1 if kind == "image" else 10), prepare)
-        self.limits = {name: getattr(score, name) for name in ("max_bytes", "working_side", "thumbnail_side", "text")}
-        self.limits["keep_pixels"] = any((score.aesthetic_clip, score.hps_weights, score.mps_weights))
+    workers  child processes at most; None: as many as there are threads that call it at the same time.
+    """
+
+    def __init__(self, score: ScoreConfig, kind: str, workers: int | None = None) -> None:
+        self._function = "openemu3.curation.inspection:inspect_image" if kind == "image" else "openemu3.curation.films:inspect_video"
+        self._prepare = "openemu3.curation.inspection:load_detector" if score.text else ""
+        self._seconds = score.seconds_per_file * (1 if kind == "image" else 10)
+        self._limits = {name: getattr(score, name) for name in ("max_bytes", "working_side", "thumbnail_side", "text")}
+        self._limits["keep_pixels"] = any((score.aesthetic_clip, score.hps_weights, score.mps_weights))
+        self._idle: queue.LifoQueue[Guard] = queue.LifoQueue()
+        self._turns = threading.BoundedSemaphore(workers) if workers else contextlib.nullcontext()
 
     def __call__(self, item: dict[str, Any]) -> list[dict[str, Any]]:
         if item["refused"]:
             # What follows the colon is different for each file, and a reason is what files are counted by.
             return [{"reason": item["refused"].partition(":")[0], "detail": f"{item['id']}: {item['refused']}", "num_rows": 1}]
+        with self._turns:
+            try:
+                guard = self._idle.get_nowait()
+            except queue.Empty:
+                guard = Guard(self._function, self._seconds, self._prepare)
+            try:
+                return self._look(guard, item)
+            finally:
+                self._idle.put(guard)
+
+    def _look(self, guard: Guard, item: dict[str, Any]) -> list[dict[str, Any]]:
         began = time.perf_counter()
         try:
-            answer, payload = self.guard.call({"item": item, **self.limits})
+            answer, payload = guard.call({"item": item, **self._limits})
         except TookTooLong as error:
             return [{"reason": "time limit", "detail": str(error), "seconds_decode": time.perf_counter() - began, "num_rows": 1}]
         except Crashed as error:
