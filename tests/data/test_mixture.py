@@ -32,8 +32,8 @@ def test_rates_are_products_of_the_keys_that_name_a_document(store):
 def test_rates_of_films_serve_those_who_have_none(store):
     """A preset names films; pictures alone, as most people have them, were refused for it."""
     rates = {"draw": 2.0, "describe_video": 0.5}
-    assert "describe_video" not in store.sources
-    assert compute_rates(MixtureConfig(rates=rates), store).tolist() == [2.0 if source == "draw" else 1.0 for _, source in list_names(store)]
+    expected = [2.0 if source == "draw" else 1.0 for _, source in list_names(store)]
+    assert "describe_video" not in store.sources and compute_rates(MixtureConfig(rates=rates), store).tolist() == expected
     with pytest.raises(InputError, match="'describe_video', which no document is of"):
         compute_rates(MixtureConfig(shares=rates), store)
 
