@@ -27,46 +27,92 @@ if TYPE_CHECKING:
 Sources = tuple[str, ...]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class CurateSource:
     """What is read, and where it goes; the same for pictures and films."""
 
     sources: Positional[Sources]
-    """Folders (searched through), .tar, .parquet or .jsonl files, or object-store URLs of these, such as s3://bucket/folder."""
+    """Folders (searched through), single files, .tar, .parquet or .jsonl files, or object-store URLs of these, such as s3://bucket/folder."""
     output: Path
-    """Run folder. The same command again goes on where the last one stopped."""
-    language: str = "en"
-    """Language of captions that do not name theirs."""
-    caption_column: str | None = None
-    """Column of the captions in tables and lists; otherwise captions, caption, text, txt or prompt."""
-    media_column: str | None = None
-    """Column of the media or their paths in tables and lists; otherwise one of the usual names."""
-    id_column: str | None = None
-    """Column of the ids in tables and lists; otherwise id, key or uid."""
-    root: tuple[Path, ...] = ()
-    """Folders that tables and lists may name files in, beside their own."""
+    """Run folder: samples/, report.html and what was measured. The same command again goes on where the last one stopped."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImageFlags:
+    """Thresholds of pictures. They come before the shared flags in the help, since they are what most people set."""
+
+    min_width: int = 512
+    """Narrowest picture, in pixels."""
+    min_height: int = 512
+    """Lowest picture, in pixels."""
+    min_aesthetic: float = 5.5
+    """LAION's score, 1 to 10. Pictures below it are kept all the same if they have colours and little text."""
+    max_text_coverage: float = 0.05
+    """Largest share of a picture under text, for pictures below min-aesthetic; 0.05 is 5 percent."""
+    min_colour_spread: float = 3.0
+    """Spread of colours in 8-bit levels, for the same pictures; grey, sepia and flat ones have about 0, photographs 10 to 40."""
+    max_hash_distance: int = 2
+    """How different pictures may be and count as duplicates: bits of 64 of their perceptual hashes, 0 to 8; -1 keeps near-duplicates."""
+    embed: bool = False
+    """Keep CLIP's features in the scores, which `emu3 curate representatives` chooses by."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class VideoFlags:
+    """Thresholds of clips."""
+
+    min_seconds: float = 1.0
+    """Shortest clip."""
+    min_short_edge: int = 256
+    """Least number of pixels of a clip's shorter side."""
+    min_aesthetic: float = 5.0
+    """LAION's score, 1 to 10, of the worst of three frames."""
+    max_text_coverage: float = 0.05
+    """Largest share of the frames under text; 0.05 is 5 percent."""
+    min_motion: float = 0.001
+    """Mean optical flow in an eighth of a second, as a share of the shorter side; below it nothing happens."""
+    max_motion: float = 0.05
+    """The same; above it the picture flickers or jumps."""
+    max_hash_distance: int = 2
+    """How different clips may be and count as duplicates: bits of 64 of the hash of the middle frame, 0 to 8; -1 keeps near-duplicates."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SharedFlags:
+    """How is read and measured; the same for pictures and films."""
+
+    no_aesthetic: bool = False
+    """Leave the aesthetic step out, which needs CLIP's weights: all go through the steps after it."""
+    no_text: bool = False
+    """Leave the text step out: it takes nine tenths of the time of a run without CLIP models."""
     aesthetic_clip: Path | None = None
     """Folder of CLIP ViT-L/14 (openai/clip-vit-large-patch14 in safetensors)."""
     aesthetic_head: Path | None = None
     """LAION's improved aesthetic predictor, sac+logos+ava1-l14-linearMSE, as safetensors (recipes/convert_score_weights.py)."""
-    no_aesthetic: bool = False
-    """Leave the aesthetic step out."""
-    no_text: bool = False
-    """Leave the text step out: it takes most of the time of a run without CLIP models."""
     hps_clip: Path | None = None
     """Folder of CLIP ViT-H/14 with its tokenizer, for HPSv2.1 and MPS (laion/CLIP-ViT-H-14-laion2B-s32B-b79K)."""
     hps_weights: Path | None = None
     """HPSv2.1 as safetensors: one more column, for choosing quality-tuning data."""
     mps_weights: Path | None = None
     """MPS as safetensors: one more column, for choosing quality-tuning data."""
-    max_hash_distance: int = 2
-    """Bits of 64 in which the perceptual hashes of near-duplicates differ, 0 to 8; -1 keeps near-duplicates."""
+    language: str = "en"
+    """Language of captions that do not name theirs."""
+    caption_column: str | None = None
+    """Column of the captions in tables and lists; otherwise captions, caption, text, txt or prompt."""
+    media_column: str | None = None
+    """Column of the media or their paths in tables and lists; otherwise one of the usual names, such as image, video, path or url."""
+    id_column: str | None = None
+    """Column of the ids in tables and lists; otherwise id, key or uid."""
+    root: tuple[Path, ...] = ()
+    """Folders that tables and lists may name files in, beside their own."""
     validation_share: float = 0.0
-    """Part of the samples that goes into the split "validation"."""
+    """Part of the samples that goes into the split "validation", chosen by their ids; 0.01 is one in a hundred."""
     source_name: str = "curated"
-    """What the samples say about where they are from."""
+    """What the samples say about where they are from; mixtures of training data can be made by it."""
     seconds_per_file: float = 30.0
     """Longest time for decoding and measuring one picture. A film may take as long as it needs, but stand still for ten times that."""
+    max_megabytes: int = 512
+    """Largest file that is read. Films that are files of their own are streams and may be larger."""
     rows_per_part: int = 256
     """Files that are done or not done together, when a run is stopped."""
     runner: Literal["native", "ray"] = "native"
@@ -80,22 +126,14 @@ class CurateSource:
     json: Json = False
 
 
-@dataclass(frozen=True)
-class CurateImages(CurateSource):
-    """Pictures -> samples. Steps: decode, resolution, aesthetic score, for those below it text and colours, duplicates."""
+# The last base's flags come first.
+@dataclass(frozen=True, kw_only=True)
+class CurateImages(SharedFlags, ImageFlags, CurateSource):
+    """Pictures -> samples, with a report of what was dropped and why.
 
-    min_width: int = 512
-    """Pixels."""
-    min_height: int = 512
-    """Pixels."""
-    min_aesthetic: float = 5.5
-    """LAION's score, 1 to 10. Pictures below are kept if they have colours and little text."""
-    max_text_coverage: float = 0.05
-    """Largest share of a picture under text, for pictures below min-aesthetic."""
-    min_colour_spread: float = 3.0
-    """Spread of colours in 8-bit levels, for the same pictures; grey, sepia and flat ones have about 0."""
-    embed: bool = False
-    """Keep CLIP's features in the scores, which `emu3 curate representatives` chooses by."""
+    Steps: decode, resolution, aesthetic score, for those below it text and colours, duplicates. For a first look, without models to fetch:
+    emu3 curate images PHOTOS --output RUN --no-aesthetic
+    """
 
     def run(self) -> None:
         from openemu3.curation.filters import ImageThresholds
@@ -111,22 +149,13 @@ class CurateImages(CurateSource):
         _curate(self, "image", thresholds, self.embed)
 
 
-@dataclass(frozen=True)
-class CurateVideos(CurateSource):
-    """Films -> samples, one for each clip. Steps: scenes, length and resolution, text, motion, aesthetic score, duplicates."""
+@dataclass(frozen=True, kw_only=True)
+class CurateVideos(SharedFlags, VideoFlags, CurateSource):
+    """Films -> samples, one for each clip, with a report of what was dropped and why.
 
-    min_seconds: float = 1.0
-    """Shortest clip."""
-    min_short_edge: int = 256
-    """Pixels."""
-    min_aesthetic: float = 5.0
-    """LAION's score, 1 to 10, of the worst of three frames."""
-    max_text_coverage: float = 0.05
-    """Largest share of the frames under text."""
-    min_motion: float = 0.001
-    """Mean optical flow per frame, as a share of the shorter edge; below it nothing happens."""
-    max_motion: float = 0.05
-    """The same; above it the picture flickers or jumps."""
+    Steps: scenes, length and resolution, text, motion, aesthetic score, duplicates. For a first look, without models to fetch:
+    emu3 curate videos FILMS --output RUN --no-aesthetic
+    """
 
     def run(self) -> None:
         from openemu3.curation.filters import VideoThresholds
@@ -145,32 +174,35 @@ class CurateVideos(CurateSource):
 
 @dataclass(frozen=True)
 class CurateReport:
-    """Write the report of a run anew; with thresholds, decide anew first, from the scores that are there, without opening a file."""
+    """Write the report of a run anew; with thresholds, decide anew first, from the scores that are there, without opening a file.
+
+    emu3 curate report RUN --min-width 256 --min-height 256 --samples
+    """
 
     run_folder: Positional[Path]
     """Run folder of `emu3 curate images` or `videos`."""
     min_width: int | None = None
-    """As in the run, like all that follow, unless given here."""
+    """Narrowest picture, in pixels; like all thresholds here as in the run, unless given."""
     min_height: int | None = None
-    """Pixels."""
+    """Lowest picture, in pixels."""
     min_short_edge: int | None = None
-    """Pixels, of clips."""
+    """Least number of pixels of a clip's shorter side."""
     min_seconds: float | None = None
     """Shortest clip."""
     min_aesthetic: float | None = None
-    """LAION's score."""
+    """LAION's score, 1 to 10."""
     no_aesthetic: bool = False
     """Leave the aesthetic step out."""
     max_text_coverage: float | None = None
-    """Largest share under text."""
+    """Largest share under text; 1 leaves the text step out."""
     min_colour_spread: float | None = None
-    """Spread of colours, of pictures."""
+    """Spread of colours in 8-bit levels, of pictures."""
     min_motion: float | None = None
-    """Least motion of clips."""
+    """Least motion of clips, as a share of the shorter side."""
     max_motion: float | None = None
     """Most motion of clips."""
     max_hash_distance: int | None = None
-    """Bits in which near-duplicates differ."""
+    """Bits of 64 in which the hashes of near-duplicates differ, 0 to 8; -1 keeps near-duplicates."""
     samples: bool = False
     """Write the samples of the new decisions, too; this reads the files that are kept."""
     validation_share: float = 0.0
@@ -209,6 +241,7 @@ class CurateReport:
 class CurateCaptions:
     """Write captions into samples: asked of an OpenAI-compatible endpoint (vLLM, for example), or of a model of this project.
 
+    emu3 curate captions RUN/samples/*.parquet --output CAPTIONED --base-url http://localhost:8000/v1 --endpoint-model NAME
     The same command again goes on where the last one stopped: answers are kept beside the output.
     """
 
@@ -229,11 +262,11 @@ class CurateCaptions:
     purpose: Literal["caption", "label"] = "caption"
     """caption: clips by 12 frames, longer ones than 20 s in parts; label: by 8 frames, for training a captioner."""
     templates: Path | None = None
-    """Folder with prompts of one's own: image.txt, video.txt, video_label.txt, video_merge.txt."""
+    """Folder with prompts of your own: image.txt, video.txt, video_label.txt, video_merge.txt."""
     concurrency: int = 8
     """Questions outstanding at a time."""
     requests_per_minute: float | None = None
-    """At most so many."""
+    """At most so many questions a minute."""
     price_in: float = 0.0
     """Price of a million tokens of question."""
     price_out: float = 0.0
@@ -403,7 +436,7 @@ def write_captioned(
     write_samples(target, list_answered())
 
 
-def _curate(options: CurateSource, kind: Literal["image", "video"], thresholds: Thresholds, embed: bool) -> None:
+def _curate(options: CurateImages | CurateVideos, kind: Literal["image", "video"], thresholds: Thresholds, embed: bool) -> None:
     from openemu3.curation.pipeline import Run, RunConfig, ScoreConfig, decide_all, score_items, write_manifest
     from openemu3.curation.sources import SourceConfig
 
@@ -426,6 +459,7 @@ def _curate(options: CurateSource, kind: Literal["image", "video"], thresholds: 
         mps_weights=_to_text(options.mps_weights),
         text=not options.no_text,
         embed=embed,
+        max_bytes=options.max_megabytes << 20,
         seconds_per_file=options.seconds_per_file,
         device=choose_device(options.device),
     )
