@@ -19,6 +19,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow.parquet as pq
+from numpy.typing import NDArray
 
 from openemu3.curation import filters
 from openemu3.curation.filters import ImageThresholds, Thresholds
@@ -26,6 +27,9 @@ from openemu3.curation.pipeline import SCORES, TIMES, Run, read_part, read_thres
 from openemu3.media import write_aside
 
 _NUM_BINS = 40
+# Counted are bins so many times finer; those shown are as wide as it takes to show this share of the values, and the thresholds.
+_FINENESS = 64
+_SHOWN_SHARE = 0.99
 _THUMBNAILS_EACH = 18
 # Where histograms begin and end; a score outside is in the first or last bin. None: an edge of what is there.
 _RANGES: dict[str, tuple[float, float | None]] = {
@@ -68,7 +72,7 @@ def build_report(run: Run) -> dict[str, Any]:
     thresholds = read_thresholds(run)
     counts: Counter[tuple[str, str]] = Counter()
     edges = _find_ranges(run)
-    histograms = {name: np.zeros((2, _NUM_BINS), np.int64) for name in edges}  # kept, dropped
+    histograms = {name: np.zeros((2, _NUM_BINS * _FINENESS), np.int64) for name in edges}  # kept, dropped
     seconds = dict.fromkeys(TIMES, 0.0)
     timed = dict.fromkeys(TIMES, 0)
     shown: dict[tuple[str, str], list[tuple[int, int]]] = {}
@@ -82,8 +86,9 @@ def build_report(run: Run) -> dict[str, Any]:
             for index, mask in enumerate((step == "", step != "")):
                 values = rows[name][mask & ~np.isnan(rows[name])]
                 if len(values):
-                    bins = np.clip((values - low) / ((high - low) or 1.0) * _NUM_BINS, 0, _NUM_BINS - 1).astype(int)
-                    histograms[name][index] += np.bincount(bins, minlength=_NUM_BINS)
+                    num_bins = histograms[name].shape[1]
+                    bins = np.clip((values - low) / ((high - low) or 1.0) * num_bins, 0, num_bins - 1).astype(int)
+                    histograms[name][index] += np.bincount(bins, minlength=num_bins)
         for name in TIMES:
             spent = rows[f"seconds_{name}"]
             seconds[name] += float(np.nansum(spent))
@@ -110,10 +115,7 @@ def build_report(run: Run) -> dict[str, Any]:
         ],
         "below_aesthetic": below_aesthetic,
         "rescued": rescued,
-        "histograms": {
-            name: {"from": low, "to": high, "kept": histograms[name][0].tolist(), "dropped": histograms[name][1].tolist()}
-            for name, (low, high) in edges.items()
-        },
+        "histograms": {name: _summarize_histogram(histograms[name], *edges[name], _get_marks(name, asdict(thresholds))) for name in edges},
         "seconds": {name: {"total": round(seconds[name], 3), "items": timed[name]} for name in TIMES if timed[name]},
         "shown": [
             {"step": step, "reason": reason, "rows": [row for _, row in sorted(rows, reverse=True)]}
@@ -152,6 +154,25 @@ def _find_ranges(run: Run) -> dict[str, tuple[float, float]]:
         name: (_RANGES.get(name, (least[name], None))[0], high if (high := _RANGES.get(name, (0.0, None))[1]) is not None else most[name])
         for name in _TITLES
         if name in least
+    }
+
+
+def _summarize_histogram(fine: NDArray[np.int64], low: float, high: float, marks: Sequence[float]) -> dict[str, Any]:
+    """[kept or dropped, fine bins] -> the histogram that is shown: far-off values do not squeeze the others, they are in the last bin."""
+    total = np.cumsum(fine.sum(0))
+    enough = int(np.searchsorted(total, _SHOWN_SHARE * total[-1])) + 1  # fine bins
+    spread = (high - low) or 1.0
+    marked = max(((mark - low) / spread * fine.shape[1] * 1.25 for mark in marks), default=0.0)
+    width = int(np.clip(np.ceil(max(enough, marked) / _NUM_BINS), 1, _FINENESS))  # fine bins in one that is shown
+    shown = fine[:, : _NUM_BINS * width].reshape(2, _NUM_BINS, width).sum(2)
+    shown[:, -1] += fine[:, _NUM_BINS * width :].sum(1)
+    more = width < _FINENESS
+    return {
+        "from": low,
+        "to": low + spread * width / _FINENESS if more else high,
+        "and_more": more,
+        "kept": shown[0].tolist(),
+        "dropped": shown[1].tolist(),
     }
 
 
@@ -208,7 +229,9 @@ table { border-collapse: collapse; width: 100%; }
 td, th { text-align: left; padding: .25rem .6rem; border-bottom: 1px solid var(--line); vertical-align: top; }
 td.n, th.n { text-align: right; font-variant-numeric: tabular-nums; }
 .soft { color: var(--soft); } .bar { height: .7rem; background: var(--kept); min-width: 1px; }
-.charts { display: grid; grid-template-columns: repeat(auto-fill, minmax(20rem, 1fr)); gap: 1rem; }
+.charts { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(20rem, 100%), 1fr)); gap: 1rem; }
+h1, p, td { overflow-wrap: anywhere; } td.n, th.n { overflow-wrap: normal; }
+@media (max-width: 40rem) { .wide { display: none; } td, th { padding: .25rem .3rem; } body { margin: 1rem auto; padding: 0 .6rem; } }
 .thumbs { display: flex; flex-wrap: wrap; gap: .4rem; } figure { margin: 0; width: 128px; font-size: .72rem; overflow-wrap: anywhere; }
 figure img { max-width: 128px; max-height: 128px; border: 1px solid var(--line); display: block; }
 figure div { width: 126px; height: 60px; border: 1px dashed var(--line); color: var(--soft); padding: .2rem; overflow: hidden;
@@ -223,11 +246,11 @@ def render_page(report: dict[str, Any], rows: dict[int, dict[str, Any]]) -> str:
     kind = "pictures" if report["kind"] == "image" else "clips"
     share = report["kept"] / report["rows"] if report["rows"] else 0.0
     parts = [
-        "<!doctype html><html lang=en><meta charset=utf-8><meta name=viewport content='width=device-width'>",
+        "<!doctype html><html lang=en><meta charset=utf-8><meta name=viewport content='width=device-width, initial-scale=1'>",
         f"<title>Curation: {report['kept']} of {report['rows']} {kind}</title><style>{_STYLE}</style>",
         f"<h1>{report['kept']:,} of {report['rows']:,} {kind} kept ({share:.1%})</h1>",
         f"<p class=soft>{report['items']:,} files, {report['num_bytes'] / 1e6:,.1f} MB, from {_escape(', '.join(report['sources']))}</p>",
-        "<h2>Funnel</h2><table><tr><th>step<th class=n>in<th class=n>dropped<th class=n>left<th style='width:28%'><th>why</tr>",
+        "<h2>Funnel</h2><table><tr><th>step<th class=n>in<th class=n>dropped<th class=n>left<th class=wide style='width:28%'><th>why</tr>",
     ]
     for step in report["funnel"]:
         dropped = step["entered"] - step["passed"]
@@ -235,7 +258,7 @@ def render_page(report: dict[str, Any], rows: dict[int, dict[str, Any]]) -> str:
         width = 100 * step["passed"] / report["rows"] if report["rows"] else 0
         parts.append(
             f"<tr><td>{_escape(step['step'])}<td class=n>{step['entered']:,}<td class=n>{dropped:,}<td class=n>{step['passed']:,}"
-            f"<td><div class=bar style='width:{width:.2f}%'></div><td class=soft>{reasons}</tr>"
+            f"<td class=wide><div class=bar style='width:{width:.2f}%'></div><td class=soft>{reasons}</tr>"
         )
     parts.append("</table>")
     if report["below_aesthetic"]:
@@ -249,7 +272,9 @@ def render_page(report: dict[str, Any], rows: dict[int, dict[str, Any]]) -> str:
         "<div class=charts>"
     )
     parts.extend(_draw_histogram(name, of, _get_marks(name, report["thresholds"])) for name, of in report["histograms"].items())
-    parts.append("</div><h2>Throughput</h2>" + _render_times(report["seconds"]))
+    parts.append("</div>")
+    if report["seconds"]:
+        parts.append("<h2>Throughput</h2>" + _render_times(report["seconds"]))
     parts.append("<h2>Examples</h2>")
     order = {"": -1, **{step["step"]: index for index, step in enumerate(report["funnel"])}}
     for group in sorted(report["shown"], key=lambda group: (order.get(group["step"], 99), group["reason"])):
@@ -264,7 +289,7 @@ def _get_marks(name: str, thresholds: dict[str, Any]) -> list[float]:
 
 
 def _draw_histogram(name: str, of: dict[str, Any], marks: list[float]) -> str:
-    width, height, left, bottom = 320, 130, 34, 18
+    width, height, left, bottom = 320, 130, 48, 18
     most = max(kept + dropped for kept, dropped in zip(of["kept"], of["dropped"], strict=True)) or 1
     plot_width, plot_height = width - left - 6, height - bottom - 8
     step = plot_width / _NUM_BINS
@@ -279,12 +304,18 @@ def _draw_histogram(name: str, of: dict[str, Any], marks: list[float]) -> str:
     spread = (of["to"] - of["from"]) or 1.0
     for mark in marks:
         x = left + min(max((mark - of["from"]) / spread, 0), 1) * plot_width
-        shapes.append(f"<line class=m x1={x:.1f} x2={x:.1f} y1=4 y2={height - bottom} /><text x={x + 2:.1f} y=12>{mark:g}</text>")
-    shapes.append(f"<text x={left} y={height - 5}>{of['from']:.3g}</text>")
-    shapes.append(f"<text x={width - 6} y={height - 5} text-anchor=end>{of['to']:.3g}</text>")
+        shapes.append(f"<line class=m x1={x:.1f} x2={x:.1f} y1=4 y2={height - bottom} /><text x={x + 2:.1f} y=12>{_format(mark)}</text>")
+    last = _format(of["to"]) + (" and more" if of["and_more"] else "")
+    shapes.append(f"<text x={left} y={height - 5}>{_format(of['from'])}</text>")
+    shapes.append(f"<text x={width - 6} y={height - 5} text-anchor=end>{last}</text>")
     shapes.append(f"<text x={left - 4} y=14 text-anchor=end>{most:,}</text>")
     label = _escape(_TITLES[name])
     return f"<div>{label}<svg viewBox='0 0 {width} {height}' role=img aria-label='{label}'>{''.join(shapes)}</svg></div>"
+
+
+def _format(value: float) -> str:
+    """Three digits, and no powers of ten where they are not needed."""
+    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"
 
 
 def _render_times(seconds: dict[str, dict[str, float]]) -> str:
