@@ -135,3 +135,24 @@ def test_a_large_jpeg_that_is_cut_off_is_unreadable_also_at_a_part_of_its_size(
     draw_scene(4, 2400, 1800).save(path, quality=90)
     path.write_bytes(path.read_bytes()[:-2000])
     assert inspect(path, keep_pixels=False)["reason"] == "unreadable"
+
+
+def test_threads_look_at_files_in_processes_of_their_own(draw_scene: Callable[..., Image.Image], tmp_path: Path) -> None:
+    """Or a second worker would wait for the first one."""
+    from concurrent.futures import ThreadPoolExecutor
+
+    from openemu3.curation.pipeline import ScoreConfig
+    from openemu3.curation.scoring import FileInspector
+
+    items = []
+    for number in range(8):
+        path = tmp_path / f"{number}.png"
+        draw_scene(number).save(path)
+        item = {"id": path.name, "uri": path.as_uri(), "offset": None, "length": None, "row": -1, "column": "", "refused": ""}
+        items.append(item)
+    for workers, expected in ((None, 2), (1, 1)):
+        look = FileInspector(ScoreConfig(text=False), "image", workers)
+        with ThreadPoolExecutor(2) as pool:
+            rows = list(pool.map(look, items))
+        assert [row["width"] for (row,) in rows] == [96] * 8
+        assert look.num_processes == expected

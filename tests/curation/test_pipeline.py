@@ -211,20 +211,61 @@ def test_deciding_over_a_million_rows_takes_seconds_and_little_memory(tmp_path: 
         folder = tmp_path / str(rows)
         make_scores(folder, rows)
         code = (
-            "import resource, sys, time\n"
+            "import sys, time\n"
+            "read_peak = lambda: int(next(line for line in open('/proc/self/status') if line.startswith('VmHWM')).split()[1])\n"
             "from openemu3.curation.pipeline import Run, decide_all\n"
             "from openemu3.curation.report import write_report\n"
             "from openemu3.curation.filters import ImageThresholds\n"
             "run = Run.load(sys.argv[1]); began = time.time()\n"
-            "before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
+            "before = read_peak()\n"
             "counts = decide_all(run, ImageThresholds(min_aesthetic=5.5)); write_report(run)\n"
-            "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before, time.time() - began, counts['kept'])\n"
+            "print(read_peak() - before, time.time() - began, counts['kept'])\n"
         )
         output = subprocess.run([sys.executable, "-c", code, str(folder)], check=True, capture_output=True, text=True).stdout.split()
         peaks.append(int(output[0]) / 1024)
         assert 0 < int(output[2]) < rows
     assert peaks[1] - peaks[0] < 40, f"{peaks} MB above the start"  # 17 bytes for each row that passes all thresholds, 11 MB here
     assert float(output[1]) < 120, f"{output[1]} s for a million rows"
+
+
+@pytest.mark.slow
+def test_a_film_of_two_hours_takes_no_more_memory_than_one_of_ten_minutes(tmp_path: Path) -> None:
+    """Looked at as in the guarded process, frames for CLIP included: of each clip a thumbnail and a JPEG is held, not the film."""
+    peaks = []
+    for minutes in (10, 120):
+        path = tmp_path / f"{minutes}.mkv"
+        write_long_film(path, minutes)
+        code = (
+            "import sys\n"
+            "from pathlib import Path\n"
+            "from openemu3.curation.films import inspect_video\n"
+            "item = {'id': 'film', 'uri': Path(sys.argv[1]).as_uri()}\n"
+            "limits = {'max_bytes': 1, 'working_side': 640, 'thumbnail_side': 128, 'text': False, 'keep_pixels': True}\n"
+            "answer, payload = inspect_video({'item': item, **limits}, b'', lambda: None)\n"
+            "peak = next(line for line in open('/proc/self/status') if line.startswith('VmHWM')).split()[1]\n"
+            "print(peak, len(answer['rows']), len(payload), answer['rows'][0]['num_bytes'])\n"
+        )
+        output = subprocess.run([sys.executable, "-c", code, str(path)], check=True, capture_output=True, text=True).stdout.split()
+        peaks.append([int(output[0]) // 1024, int(output[1]), int(output[2]) >> 20, int(output[3]) >> 20])
+    assert peaks[1][1] == 12 * peaks[0][1] == 12 * 60
+    grown = peaks[1][0] - peaks[0][0]
+    assert grown < 3 * peaks[1][2] + 40, f"(MB at most, clips, MB of frames and thumbnails, MB of film): {peaks}"
+
+
+def write_long_film(path: Path, minutes: int) -> None:
+    """320 x 180 at 2 frames a second; another scene every 10 s."""
+    import av
+
+    random = np.random.default_rng(0)
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("libx264", rate=2)
+        stream.width, stream.height, stream.pix_fmt, stream.options = 320, 180, "yuv420p", {"preset": "ultrafast", "crf": "10"}
+        for scene in range(minutes * 6):
+            texture = np.repeat(np.repeat(random.integers(0, 256, (48, 80, 3), np.uint8), 4, 0), 4, 1) // 2 + 127 * (scene % 2)
+            for index in range(20):
+                array = np.ascontiguousarray(texture[index % 12 : index % 12 + 180, :320].astype(np.uint8))
+                container.mux(stream.encode(av.VideoFrame.from_ndarray(array, format="rgb24")))
+        container.mux(stream.encode())
 
 
 def make_scores(folder: Path, rows: int, per_part: int = 10_000) -> None:

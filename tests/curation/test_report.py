@@ -25,6 +25,6 @@ def test_the_thresholds_are_shown_and_nothing_is_cut_where_values_are_spread() -
     near = _summarize_histogram(count([0.001] * 100, 0.0, 1.0), 0.0, 1.0, [0.5])
     assert near["to"] > 0.5
     wide = _summarize_histogram(count(np.linspace(0, 1, 1000).tolist(), 0.0, 1.0), 0.0, 1.0, [0.05])
-    assert (wide["to"], wide["and_more"]) == (1.0, False)
+    assert wide["to"] > 0.98 and sum(wide["kept"]) == 1000
     flat = _summarize_histogram(count([5.0], 5.0, 6.0), 5.0, 5.0, [])
     assert sum(flat["kept"]) == 1

@@ -71,7 +71,7 @@ def build_report(run: Run) -> dict[str, Any]:
     """The numbers of the report: funnel, histograms, times, and which items are shown. Reads the scores twice, as a stream."""
     thresholds = read_thresholds(run)
     counts: Counter[tuple[str, str]] = Counter()
-    edges = _find_ranges(run)
+    edges = _find_ranges(run, asdict(thresholds))
     histograms = {name: np.zeros((2, _NUM_BINS * _FINENESS), np.int64) for name in edges}  # kept, dropped
     seconds = dict.fromkeys(TIMES, 0.0)
     timed = dict.fromkeys(TIMES, 0)
@@ -139,8 +139,8 @@ def _read_stream(run: Run) -> Any:
         yield read_part(run, number, columns)
 
 
-def _find_ranges(run: Run) -> dict[str, tuple[float, float]]:
-    """First and last edge of the histogram of each score that there is."""
+def _find_ranges(run: Run, thresholds: dict[str, Any]) -> dict[str, tuple[float, float]]:
+    """First and last edge of the histogram of each score that there is; its thresholds are between them."""
     least, most = dict[str, float](), dict[str, float]()
     for table in _read_stream(run):
         rows = to_rows(table.drop_columns(["id"]))
@@ -150,11 +150,11 @@ def _find_ranges(run: Run) -> dict[str, tuple[float, float]]:
             if len(values):
                 least[name] = min(least.get(name, np.inf), float(values.min()))
                 most[name] = max(most.get(name, -np.inf), float(values.max()))
-    return {
-        name: (_RANGES.get(name, (least[name], None))[0], high if (high := _RANGES.get(name, (0.0, None))[1]) is not None else most[name])
-        for name in _TITLES
-        if name in least
-    }
+    edges = {}
+    for name in (name for name in _TITLES if name in least):
+        low, high = _RANGES.get(name, (least[name], None))
+        edges[name] = low, max([most[name], *(1.1 * mark for mark in _get_marks(name, thresholds))]) if high is None else high
+    return edges
 
 
 def _summarize_histogram(fine: NDArray[np.int64], low: float, high: float, marks: Sequence[float]) -> dict[str, Any]:
@@ -166,10 +166,10 @@ def _summarize_histogram(fine: NDArray[np.int64], low: float, high: float, marks
     width = int(np.clip(np.ceil(max(enough, marked) / _NUM_BINS), 1, _FINENESS))  # fine bins in one that is shown
     shown = fine[:, : _NUM_BINS * width].reshape(2, _NUM_BINS, width).sum(2)
     shown[:, -1] += fine[:, _NUM_BINS * width :].sum(1)
-    more = width < _FINENESS
+    more = bool(fine[:, _NUM_BINS * width :].any())
     return {
         "from": low,
-        "to": low + spread * width / _FINENESS if more else high,
+        "to": low + spread * width / _FINENESS,
         "and_more": more,
         "kept": shown[0].tolist(),
         "dropped": shown[1].tolist(),
@@ -230,7 +230,7 @@ td, th { text-align: left; padding: .25rem .6rem; border-bottom: 1px solid var(-
 td.n, th.n { text-align: right; font-variant-numeric: tabular-nums; }
 .soft { color: var(--soft); } .bar { height: .7rem; background: var(--kept); min-width: 1px; }
 .charts { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(20rem, 100%), 1fr)); gap: 1rem; }
-h1, p, td { overflow-wrap: anywhere; } td.n, th.n { overflow-wrap: normal; }
+h1, p, td { overflow-wrap: break-word; }
 @media (max-width: 40rem) { .wide { display: none; } td, th { padding: .25rem .3rem; } body { margin: 1rem auto; padding: 0 .6rem; } }
 .thumbs { display: flex; flex-wrap: wrap; gap: .4rem; } figure { margin: 0; width: 128px; font-size: .72rem; overflow-wrap: anywhere; }
 figure img { max-width: 128px; max-height: 128px; border: 1px solid var(--line); display: block; }
@@ -274,7 +274,7 @@ def render_page(report: dict[str, Any], rows: dict[int, dict[str, Any]]) -> str:
     parts.extend(_draw_histogram(name, of, _get_marks(name, report["thresholds"])) for name, of in report["histograms"].items())
     parts.append("</div>")
     if report["seconds"]:
-        parts.append("<h2>Throughput</h2>" + _render_times(report["seconds"]))
+        parts.append("<h2>Throughput</h2>" + _render_times(report["seconds"], report["kind"]))
     parts.append("<h2>Examples</h2>")
     order = {"": -1, **{step["step"]: index for index, step in enumerate(report["funnel"])}}
     for group in sorted(report["shown"], key=lambda group: (order.get(group["step"], 99), group["reason"])):
@@ -304,7 +304,8 @@ def _draw_histogram(name: str, of: dict[str, Any], marks: list[float]) -> str:
     spread = (of["to"] - of["from"]) or 1.0
     for mark in marks:
         x = left + min(max((mark - of["from"]) / spread, 0), 1) * plot_width
-        shapes.append(f"<line class=m x1={x:.1f} x2={x:.1f} y1=4 y2={height - bottom} /><text x={x + 2:.1f} y=12>{_format(mark)}</text>")
+        place = f"x={x - 2:.1f} text-anchor=end" if x > 0.85 * width else f"x={x + 2:.1f}"
+        shapes.append(f"<line class=m x1={x:.1f} x2={x:.1f} y1=4 y2={height - bottom} /><text {place} y=12>{_format(mark)}</text>")
     last = _format(of["to"]) + (" and more" if of["and_more"] else "")
     shapes.append(f"<text x={left} y={height - 5}>{_format(of['from'])}</text>")
     shapes.append(f"<text x={width - 6} y={height - 5} text-anchor=end>{last}</text>")
@@ -318,10 +319,12 @@ def _format(value: float) -> str:
     return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"
 
 
-def _render_times(seconds: dict[str, dict[str, float]]) -> str:
+def _render_times(seconds: dict[str, dict[str, float]], kind: str) -> str:
     names = {"read": "read", "decode": "decode", "measure": "colours and hash", "text": "find text", "clip": "CLIP models"}
+    if kind == "video":
+        names |= {"decode": "find scenes", "measure": "motion, colours and hash"}
     whole = sum(time["total"] for time in seconds.values()) or 1.0
-    lines = ["<table><tr><th>step<th class=n>items<th class=n>seconds in all<th class=n>items/s and worker<th class=n>share</tr>"]
+    lines = ["<table><tr><th>step<th class=n>items<th class=n>seconds in all<th class=n>items/s of a worker<th class=n>share</tr>"]
     for name, time in seconds.items():
         rate = time["items"] / time["total"] if time["total"] else float("inf")
         lines.append(
@@ -341,7 +344,8 @@ def _render_figure(row: dict[str, Any]) -> str:
         picture = f"<img src='data:image/webp;base64,{data}' alt='{title}' title='{title}' loading=lazy>"
     else:
         picture = f"<div title='{title}'>{_escape((row['detail'] or '')[:90])}</div>"
-    return f"<figure>{picture}{_escape(row['id'].rsplit('/', 1)[-1][-40:])}</figure>"
+    name = row["id"].rsplit("/", 1)[-1][-40:] + (f", {row['start']:.1f} s" if row["start"] is not None else "")
+    return f"<figure>{picture}{_escape(name)}</figure>"
 
 
 def _escape(text: str) -> str:

@@ -127,6 +127,11 @@ class FileInspector:
             finally:
                 self._idle.put(guard)
 
+    @property
+    def num_processes(self) -> int:
+        """Child processes that wait for the next file."""
+        return self._idle.qsize()
+
     def _look(self, guard: Guard, item: dict[str, Any]) -> list[dict[str, Any]]:
         began = time.perf_counter()
         try:
