@@ -16,8 +16,11 @@ from safetensors.torch import save_file
 
 import openemu3
 from openemu3.cli import main
-from openemu3.curation.clip_scores import build_aesthetic_head
+from openemu3.curation.clip_scores import AestheticPredictor, build_aesthetic_head
+from openemu3.curation.clips import cut_clips
+from openemu3.curation.motion import score_clip
 from openemu3.curation.pipeline import Run, SampleConfig, find_offsets, iterate_samples, list_kept
+from openemu3.curation.scenes import find_scenes
 from openemu3.data.samples import read_samples
 
 Draw = Callable[..., Image.Image]
@@ -89,6 +92,23 @@ def test_the_chain_from_a_film_to_documents(tmp_path: Path, capsys: pytest.Captu
     assert gone["left_out"] == 0 and gone["kept"] == 2  # written already
     gone = run(capsys, "curate", "report", out, "--samples", "--source-name", "again")
     assert gone["left_out"] == gone["kept"] == 2
+
+
+def test_a_clips_beauty_is_that_of_its_worst_frame(clip_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Frames go to the models as JPEG; the score is nearly that of the frames themselves."""
+    film, head = tmp_path / "film.mp4", tmp_path / "head.safetensors"
+    write_film(film)
+    save_file({f"layers.{name}": value for name, value in build_aesthetic_head(64).state_dict().items()}, head)
+    models = ["--aesthetic-clip", clip_folder, "--aesthetic-head", head, "--no-text"]
+    flags = ["--min-short-edge", 48, "--max-motion", 1, "--min-aesthetic", -100, "--max-hash-distance", -1]
+    answer = run(capsys, "curate", "videos", film, "--output", tmp_path / "out", *models, *flags)
+    assert answer["kept"] == 2
+    predictor = AestheticPredictor.load(str(clip_folder), str(head), "cpu")
+    for clip, sample in zip(cut_clips(film, find_scenes(film)), read_samples(answer["files"][0]), strict=True):
+        frames = [Image.fromarray(frame) for frame in score_clip(clip, None).frames]
+        scores = predictor.score_embeddings(predictor.clip.embed_pictures(frames))
+        assert sample.scores["aesthetic"] == pytest.approx(min(scores), abs=0.02)
+        assert len(scores) == 3 and max(scores) - min(scores) > 0
 
 
 def write_film(path: Path) -> None:

@@ -10,6 +10,7 @@ One message is: length of the JSON, length of the payload (two unsigned 64-bit n
 
 from __future__ import annotations
 
+import contextlib
 import faulthandler
 import importlib
 import json
@@ -180,7 +181,8 @@ def _serve(name: str, prepare: str) -> None:
         def give_sign(limit: float = limit) -> None:
             nonlocal told
             if time.monotonic() - told > _SIGN_SECONDS:
-                _send(answers, _SIGN, b"")
+                with contextlib.suppress(BrokenPipeError):
+                    _send(answers, _SIGN, b"")
                 faulthandler.dump_traceback_later(limit + 5, exit=True, file=devnull)
                 told = time.monotonic()
 
@@ -191,7 +193,8 @@ def _serve(name: str, prepare: str) -> None:
             answer, returned = {"refused": str(error) or "not enough memory to decode it"}, b""
         finally:
             faulthandler.cancel_dump_traceback_later()
-        _send(answers, answer, returned)
+        with contextlib.suppress(BrokenPipeError):  # whoever asked is gone; the next call ends this
+            _send(answers, answer, returned)
 
 
 def _find(name: str) -> Any:
