@@ -73,6 +73,9 @@ def list_weights(learner):
 
 def test_roles_weigh_as_the_table_says():
     assert RoleWeights().to_table().tolist() == [0, 1, 1, 0.5, 1]  # the paper's pre-training; padding counts nothing
+    for weight in (-1.0, math.nan, math.inf):  # once accepted, and every step of the run was skipped
+        with pytest.raises(InputError, match=f"role weight vision is {weight}; a finite number of at least 0"):
+            RoleWeights(vision=weight)
     assert WEIGHTS.to_table().tolist() == [0, 0.25, 2, 0.5, 1]
 
 

@@ -197,6 +197,13 @@ def test_micro_batches_and_prefetching_change_nothing(data, transformer_config, 
         torch.testing.assert_close(other[name], tensor, rtol=0, atol=2e-5)
 
 
+def test_a_run_that_could_not_measure_does_not_begin(data, transformer_config, tmp_path):
+    """Measuring is what a run ends with; with no documents to measure on it ended in a traceback, and nothing was saved."""
+    run = make_language_run(data / "tokenizers", data / "documents.parquet", tmp_path, transformer_config)
+    with pytest.raises(InputError, match="max_validation is 0; it must be at least 1"):
+        dataclasses.replace(run, max_validation=0)
+
+
 def test_a_run_says_how_it_does(data, transformer_config, tmp_path, capsys):
     make_language_run(data / "tokenizers", data / "documents.parquet", tmp_path, transformer_config).run()
     rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]

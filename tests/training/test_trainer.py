@@ -14,7 +14,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from openemu3.records import InputError
 from openemu3.training.checkpoint import list_checkpoints, load_checkpoint
-from openemu3.training.trainer import MetricsLog, Trainer, TrainerConfig, cut_metrics, lock_folder
+from openemu3.training.trainer import MetricsLog, Trainer, TrainerConfig, cut_metrics, format_status, lock_folder
 
 MEASURED = ("time", "steps_per_second", "data_wait", "memory_gb")  # what no two runs have in common
 
@@ -333,3 +333,11 @@ def test_a_folder_in_which_somebody_trains_is_left_alone(tmp_path):
 def test_impossible_settings(tmp_path, name):
     with pytest.raises(InputError, match=f"{name} is 0; it must be at least 1"):
         TrainerConfig(tmp_path, **{name: 0})
+    with pytest.raises(InputError, match="save_every is -1; it must be at least 0, which means never"):
+        TrainerConfig(tmp_path, save_every=-1)
+
+
+def test_the_live_line_says_how_it_does():
+    metrics = {"loss": 8.12345, "grad_norm": 2.0, "tokens_per_second": 512.3, "fill_rate": 0.991, "mfu": 0.034, "position": 8.0}
+    assert format_status(metrics) == "loss 8.123 grad_norm 2 tokens_per_second 512.3 MFU 3.4% full 99.1%"
+    assert format_status({"discriminator": 0.5}) == "discriminator 0.5"

@@ -51,6 +51,11 @@ class RoleWeights:
     vision: float = 0.5
     structure: float = 1.0
 
+    def __post_init__(self) -> None:
+        for name in ("text_context", "text_target", "vision", "structure"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise InputError(f"role weight {name} is {getattr(self, name)}; a finite number of at least 0 is allowed")
+
     def to_table(self) -> Tensor:
         """fp32 [number of roles]; padding counts 0."""
         table = torch.zeros(len(Role))

@@ -59,6 +59,7 @@ class VisionTokenizerRun:
     device: str = "cpu"
 
     def __post_init__(self) -> None:
+        check_validation(self.max_validation)
         group = self.tokenizer.temporal_downsample_factor
         if self.batches.clip_frames % group:
             raise InputError(f"clip_frames is {self.batches.clip_frames}; it must be a multiple of {group}, the frames of one latent frame")
@@ -161,6 +162,9 @@ class LanguageRun:
     seed: int = 0
     device: str = "cpu"
 
+    def __post_init__(self) -> None:
+        check_validation(self.max_validation)
+
     def run(self, sample: Callable[[Transformer, Path, int], None] | None = None) -> Trainer:
         """Train; a run that was stopped says so by `is_complete`, and goes on when it is called again. sample: as in LanguageLearner.
 
@@ -244,6 +248,12 @@ def build_network(
     else:
         load_full_weights(transformer, weights, device)
     return transformer
+
+
+def check_validation(max_validation: int) -> None:
+    """Before a run begins, since it measures when it ends, and nothing would be saved."""
+    if max_validation < 1:
+        raise InputError(f"max_validation is {max_validation}; it must be at least 1")
 
 
 class MicroBatches:

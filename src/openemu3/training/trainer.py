@@ -94,6 +94,9 @@ class TrainerConfig:
         for name in ("num_steps", "micro_batches", "keep_checkpoints", "max_bad_steps"):
             if getattr(self, name) < 1:
                 raise InputError(f"{name} is {getattr(self, name)}; it must be at least 1")
+        for name in ("log_every", "validate_every", "sample_every", "save_every"):
+            if getattr(self, name) < 0:
+                raise InputError(f"{name} is {getattr(self, name)}; it must be at least 0, which means never")
         if self.peak_flops is not None and not 0 <= self.peak_flops < math.inf:
             raise InputError(f"peak_flops is {self.peak_flops}; a finite number of at least 0 is allowed")
 
@@ -322,8 +325,7 @@ def measure_memory() -> float:
 def format_status(metrics: Metrics) -> str:
     """What of a row is worth a look while it moves."""
     shown = [f"{name} {metrics[name]:.4g}" for name in ("loss", "grad_norm", "tokens_per_second") if name in metrics]
-    if "mfu" in metrics:
-        shown.append(f"MFU {metrics['mfu']:.1%}")
+    shown += [f"{title} {metrics[name]:.1%}" for name, title in (("mfu", "MFU"), ("fill_rate", "full")) if name in metrics]
     return " ".join(shown or [f"{name} {value:.4g}" for name, value in list(metrics.items())[:4]])
 
 
