@@ -75,9 +75,9 @@ def build_report(run: Run) -> dict[str, Any]:
     histograms = {name: np.zeros((2, _NUM_BINS * _FINENESS), np.int64) for name in edges}  # kept, dropped
     seconds = dict.fromkeys(TIMES, 0.0)
     timed = dict.fromkeys(TIMES, 0)
-    shown: dict[tuple[str, str], list[tuple[int, int]]] = {}
+    shown: dict[tuple[str, str], list[_Shown]] = {}
     below_aesthetic = rescued = offset = num_bytes = 0
-    for table, decisions in zip(_read_stream(run), stream_decisions(run, ["step", "reason"]), strict=True):
+    for table, decisions in zip(_read_stream(run), stream_decisions(run, ["step", "reason", "duplicate_of"]), strict=True):
         rows = to_rows(table.drop_columns(["id"]))
         step, reason = (np.array(decisions.column(name).to_pylist(), object) for name in ("step", "reason"))
         counts.update(zip(step, reason, strict=True))
@@ -99,8 +99,9 @@ def build_report(run: Run) -> dict[str, Any]:
             reached = ~np.isin(step, ["decode", "resolution"])
             below_aesthetic += int(np.count_nonzero(below & reached))
             rescued += int(np.count_nonzero(below & (step == "")))
+        originals = decisions.column("duplicate_of").to_pylist()
         for position, identity in enumerate(table.column("id").to_pylist()):
-            _choose(shown, (str(step[position]), str(reason[position])), identity, offset + position)
+            _choose(shown, (str(step[position]), str(reason[position])), identity, offset + position, originals[position])
         offset += table.num_rows
     return {
         "kind": run.config.source.kind,
@@ -118,7 +119,7 @@ def build_report(run: Run) -> dict[str, Any]:
         "histograms": {name: _summarize_histogram(histograms[name], *edges[name], _get_marks(name, asdict(thresholds))) for name in edges},
         "seconds": {name: {"total": round(seconds[name], 3), "items": timed[name]} for name in TIMES if timed[name]},
         "shown": [
-            {"step": step, "reason": reason, "rows": [row for _, row in sorted(rows, reverse=True)]}
+            {"step": step, "reason": reason, "rows": [(row, original) for _, row, original in sorted(rows, reverse=True)]}
             for (step, reason), rows in sorted(shown.items())
         ],
     }
@@ -176,14 +177,17 @@ def _summarize_histogram(fine: NDArray[np.int64], low: float, high: float, marks
     }
 
 
-def _choose(shown: dict[tuple[str, str], list[tuple[int, int]]], group: tuple[str, str], identity: str, row: int) -> None:
+_Shown = tuple[int, int, int]  # (order, row, the row that it duplicates or -1)
+
+
+def _choose(shown: dict[tuple[str, str], list[_Shown]], group: tuple[str, str], identity: str, row: int, original: int) -> None:
     """Keeps the rows of the smallest digests of ids: a fair choice, made in one pass and always the same."""
     draw = -int.from_bytes(hashlib.blake2b(identity.encode(), digest_size=7).digest(), "big")
     chosen = shown.setdefault(group, [])
     if len(chosen) < _THUMBNAILS_EACH:
-        heapq.heappush(chosen, (draw, row))
+        heapq.heappush(chosen, (draw, row, original))
     else:
-        heapq.heappushpop(chosen, (draw, row))
+        heapq.heappushpop(chosen, (draw, row, original))
 
 
 # ------------------------------------------------------------------------------------------------------------------------------------ files
@@ -192,7 +196,8 @@ def _choose(shown: dict[tuple[str, str], list[tuple[int, int]]], group: tuple[st
 def write_report(run: Run) -> dict[str, Any]:
     """Writes report.json and report.html into the run's folder and returns the numbers."""
     report = build_report(run)
-    page = render_page(report, _read_shown(run, sorted(row for group in report["shown"] for row in group["rows"])))
+    wanted = {row for group in report["shown"] for pair in group["rows"] for row in pair if row >= 0}
+    page = render_page(report, _read_shown(run, sorted(wanted)))
     public = {**report, "shown": None}
     del public["shown"]
     for name, text in (("report.json", json.dumps(public, indent=2, ensure_ascii=False)), ("report.html", page)):
@@ -234,7 +239,8 @@ h1, p, td { overflow-wrap: break-word; }
 @media (max-width: 40rem) { .wide { display: none; } td, th { padding: .25rem .3rem; } body { margin: 1rem auto; padding: 0 .6rem; } }
 .thumbs { display: flex; flex-wrap: wrap; gap: .4rem; } figure { margin: 0; width: 128px; font-size: .72rem; overflow-wrap: anywhere; }
 figure img { max-width: 128px; max-height: 128px; border: 1px solid var(--line); display: block; }
-figure div { width: 126px; height: 60px; border: 1px dashed var(--line); color: var(--soft); padding: .2rem; overflow: hidden;
+figure.pair { width: 260px; } figure.pair div { display: flex; gap: 2px; align-items: end; }
+.none { margin: 0; width: 126px; height: 60px; border: 1px dashed var(--line); color: var(--soft); padding: .2rem; overflow: hidden;
   box-sizing: border-box; }
 svg text { fill: var(--soft); font-size: 10px; }
 .k { fill: var(--kept); } .d { fill: var(--dropped); } .m { stroke: var(--mark); stroke-width: 1.5; }
@@ -249,7 +255,7 @@ def render_page(report: dict[str, Any], rows: dict[int, dict[str, Any]]) -> str:
         "<!doctype html><html lang=en><meta charset=utf-8><meta name=viewport content='width=device-width, initial-scale=1'>",
         f"<title>Curation: {report['kept']} of {report['rows']} {kind}</title><style>{_STYLE}</style>",
         f"<h1>{report['kept']:,} of {report['rows']:,} {kind} kept ({share:.1%})</h1>",
-        f"<p class=soft>{report['items']:,} files, {report['num_bytes'] / 1e6:,.1f} MB, from {_escape(', '.join(report['sources']))}</p>",
+        f"<p class=soft>{report['items']:,} files, {report['num_bytes'] / 1e6:,.1f} MB, from {_escape(_list_some(report['sources']))}</p>",
         "<h2>Funnel</h2><table><tr><th>step<th class=n>in<th class=n>dropped<th class=n>left<th class=wide style='width:28%'><th>why</tr>",
     ]
     for step in report["funnel"]:
@@ -279,8 +285,14 @@ def render_page(report: dict[str, Any], rows: dict[int, dict[str, Any]]) -> str:
     order = {"": -1, **{step["step"]: index for index, step in enumerate(report["funnel"])}}
     for group in sorted(report["shown"], key=lambda group: (order.get(group["step"], 99), group["reason"])):
         title = f"{group['step']}: {group['reason']}" if group["step"] else "Kept"
-        parts.append(f"<h3>{_escape(title)}</h3><div class=thumbs>{''.join(_render_figure(rows[row]) for row in group['rows'])}</div>")
+        parts.append(f"<h3>{_escape(title)}</h3><div class=thumbs>")
+        parts.extend(_render_figure(rows[row], rows.get(original)) for row, original in group["rows"])
+        parts.append("</div>")
     return "\n".join(parts) + "</html>\n"
+
+
+def _list_some(names: Sequence[str], most: int = 8) -> str:
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
 
 
 def _get_marks(name: str, thresholds: dict[str, Any]) -> list[float]:
@@ -334,18 +346,30 @@ def _render_times(seconds: dict[str, dict[str, float]], kind: str) -> str:
     return "".join(lines) + "</table>"
 
 
-def _render_figure(row: dict[str, Any]) -> str:
+def _render_figure(row: dict[str, Any], original: dict[str, Any] | None) -> str:
+    """A thumbnail with its name; of a duplicate the one that is kept beside it."""
+    if original is not None:
+        return (
+            f"<figure class=pair><div>{_render_thumbnail(row)}{_render_thumbnail(original)}</div>{_name(row)} = {_name(original)}</figure>"
+        )
+    return f"<figure>{_render_thumbnail(row)}{_name(row)}</figure>"
+
+
+def _name(row: dict[str, Any]) -> str:
+    name = row["id"].rsplit("/", 1)[-1]
+    name = name if len(name) <= 40 else "…" + name[-39:]
+    return _escape(name + (f", {row['start']:.1f} s" if row["start"] is not None else ""))
+
+
+def _render_thumbnail(row: dict[str, Any]) -> str:
     scores = [f"{name} {row[name]:.3g}" for name in SCORES if row[name] is not None]
     size = f"{row['width']} x {row['height']}" if row["width"] else ""
     when = f"{row['start']:.1f} s + {row['seconds']:.1f} s" if row["start"] is not None else ""
     title = _escape(" | ".join(filter(None, [row["id"], size, when, *scores, row["detail"] or ""])))
     if row["thumbnail"]:
         data = base64.b64encode(row["thumbnail"]).decode()
-        picture = f"<img src='data:image/webp;base64,{data}' alt='{title}' title='{title}' loading=lazy>"
-    else:
-        picture = f"<div title='{title}'>{_escape((row['detail'] or '')[:90])}</div>"
-    name = row["id"].rsplit("/", 1)[-1][-40:] + (f", {row['start']:.1f} s" if row["start"] is not None else "")
-    return f"<figure>{picture}{_escape(name)}</figure>"
+        return f"<img src='data:image/webp;base64,{data}' alt='{title}' title='{title}' loading=lazy>"
+    return f"<p class=none title='{title}'>{_escape((row['detail'] or '')[:90])}</p>"
 
 
 def _escape(text: str) -> str:
