@@ -137,7 +137,7 @@ def _open_file(path: Path, reading: _Reading) -> Input:
         columns = _read_columns(path)
         if {"id", "kind", "media", "captions"} <= set(columns):
             return SamplesTable(path, reading)
-        return TextTable(path, _choose_column(path, columns, reading.config), reading)
+        return TextTable(path, reading, _choose_column(path, columns, reading.config))
     raise InputError(f"{path} cannot be tokenised: {_ALLOWED}")
 
 
@@ -173,19 +173,33 @@ def spell_out(name: str) -> str:
     return name.encode("utf-8", "backslashreplace").decode("utf-8")
 
 
-# ---- our own samples
-
-
 @dataclass(frozen=True)
-class SamplesTable:
+class _File:
+    """What inputs that are one file have in common."""
+
     path: Path
     reading: _Reading
-    part: str = ""
+    part = ""
 
     @property
     def stamp(self) -> str:
         return f"{self.path.stat().st_size} bytes"
 
+
+def _count(offsets: Iterable[int], every: int) -> tuple[int, list[int]]:
+    """How many there are, and each `every`-th."""
+    count, kept = 0, []
+    for offset in offsets:
+        if count % every == 0:
+            kept.append(offset)
+        count += 1
+    return count, kept
+
+
+# ---- our own samples
+
+
+class SamplesTable(_File):
     def count(self, every: int) -> tuple[int, list[int]]:
         return count_samples(self.path), []
 
@@ -308,26 +322,12 @@ def _read_captions(value: object) -> dict[str, str]:
 # ---- tars
 
 
-@dataclass(frozen=True)
-class Tar:
+class Tar(_File):
     """Samples of a WebDataset tar; the id is the tar's name and the key."""
 
-    path: Path
-    reading: _Reading
-    part: str = ""
-
-    @property
-    def stamp(self) -> str:
-        return f"{self.path.stat().st_size} bytes"
-
     def count(self, every: int) -> tuple[int, list[int]]:
-        count, offsets = 0, []
         with self._open(0) as tar:
-            for _, members in _group_members(tar):
-                if count % every == 0:
-                    offsets.append(next(members).offset)
-                count += 1
-        return count, offsets
+            return _count((next(members).offset for _, members in _group_members(tar)), every)
 
     def read(self, start: int, stop: int, offset: int | None) -> Iterator[Item | Refusal]:
         with self._open(offset or 0) as tar:
@@ -465,17 +465,10 @@ def _open_datasets(path: Path, reading: _Reading) -> Iterator[Input]:
 
 
 @dataclass(frozen=True)
-class TextTable:
+class TextTable(_File):
     """A Parquet file with a column of texts, and perhaps "id"."""
 
-    path: Path
     column: str
-    reading: _Reading
-    part: str = ""
-
-    @property
-    def stamp(self) -> str:
-        return f"{self.path.stat().st_size} bytes"
 
     def count(self, every: int) -> tuple[int, list[int]]:
         return int(pq.read_metadata(self.path).num_rows), []
@@ -498,27 +491,13 @@ class TextTable:
                 first = end
 
 
-@dataclass(frozen=True)
-class TextFile:
+class TextFile(_File):
     """A file of texts: objects of JSON line by line, or plain text in lines or paragraphs, or as a whole."""
-
-    path: Path
-    reading: _Reading
-    part: str = ""
-
-    @property
-    def stamp(self) -> str:
-        return f"{self.path.stat().st_size} bytes"
 
     def count(self, every: int) -> tuple[int, list[int]]:
         if self._is_whole:
             return 1, [0]
-        count, offsets = 0, []
-        for offset, _ in self._read_units(0):
-            if count % every == 0:
-                offsets.append(offset)
-            count += 1
-        return count, offsets
+        return _count((offset for offset, _ in self._read_units(0)), every)
 
     def read(self, start: int, stop: int, offset: int | None) -> Iterator[Item | Refusal]:
         name = _strip(self.path.name)
