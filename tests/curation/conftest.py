@@ -47,7 +47,7 @@ def inspect() -> Iterator[Callable[..., dict[str, Any]]]:
         usual = {"max_bytes": 1 << 26, "working_side": 640, "thumbnail_side": 64, "text": False, "keep_pixels": True}
         answer, payload = guard.call({"item": item, **(usual | limits)})
         row: dict[str, Any] = answer["rows"][0]
-        return row | {"pixels": payload[: row["pixels_length"]]}
+        return row | {"pixels": bytes(payload[: row["pixels_length"]])}
 
     yield look
     guard.close()

@@ -23,7 +23,7 @@ def act(arguments, payload, alive):
     what = arguments["what"]
     if what == "double":
         print("noise on standard output", flush=True)
-        return {"length": len(payload)}, payload * 2
+        return {"length": len(payload)}, [payload, payload]
     if what == "refuse":
         raise InputError("not this one")
     if what == "work":
@@ -36,7 +36,7 @@ def act(arguments, payload, alive):
         os.abort()
     if what == "memory":
         bytearray(1 << 45)
-    return {"pid": os.getpid()}, b""
+    return {"pid": os.getpid()}, []
 """
 
 

@@ -231,7 +231,7 @@ def test_deciding_over_a_million_rows_takes_seconds_and_little_memory(tmp_path: 
 
 @pytest.mark.slow
 def test_a_film_of_two_hours_takes_no_more_memory_than_one_of_ten_minutes(tmp_path: Path) -> None:
-    """Looked at as in the guarded process, frames for CLIP included: of each clip a thumbnail and a JPEG is held, not the film."""
+    """Looked at as in the guarded process: of each clip a row and a thumbnail is held, not the film."""
     peaks = []
     for minutes in (10, 120):
         path = tmp_path / f"{minutes}.mkv"
@@ -241,16 +241,17 @@ def test_a_film_of_two_hours_takes_no_more_memory_than_one_of_ten_minutes(tmp_pa
             "from pathlib import Path\n"
             "from openemu3.curation.films import inspect_video\n"
             "item = {'id': 'film', 'uri': Path(sys.argv[1]).as_uri()}\n"
-            "limits = {'max_bytes': 1, 'working_side': 640, 'thumbnail_side': 128, 'text': False, 'keep_pixels': True}\n"
-            "answer, payload = inspect_video({'item': item, **limits}, b'', lambda: None)\n"
+            "limits = {'max_bytes': 1, 'working_side': 640, 'thumbnail_side': 128, 'text': False, 'keep_pixels': False}\n"
+            "answer, parts = inspect_video({'item': item, **limits}, b'', lambda: None)\n"
             "peak = next(line for line in open('/proc/self/status') if line.startswith('VmHWM')).split()[1]\n"
-            "print(peak, len(answer['rows']), len(payload), answer['rows'][0]['num_bytes'])\n"
+            "print(peak, len(answer['rows']), sum(map(len, parts)), answer['rows'][0]['num_bytes'])\n"
         )
         output = subprocess.run([sys.executable, "-c", code, str(path)], check=True, capture_output=True, text=True).stdout.split()
         peaks.append([int(output[0]) // 1024, int(output[1]), int(output[2]) >> 20, int(output[3]) >> 20])
-    assert peaks[1][1] == 12 * peaks[0][1] == 12 * 60
-    grown = peaks[1][0] - peaks[0][0]
-    assert grown < 3 * peaks[1][2] + 40, f"(MB at most, clips, MB of frames and thumbnails, MB of film): {peaks}"
+    told = f"(MB at most, clips, MB of thumbnails, MB of film): {peaks}"
+    (tmp_path / "peaks.txt").write_text(told)
+    assert peaks[1][1] == 12 * peaks[0][1] >= 12 * 60, told
+    assert peaks[1][0] - peaks[0][0] < 60 < peaks[1][3], told
 
 
 def write_long_film(path: Path, minutes: int) -> None:

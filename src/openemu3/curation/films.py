@@ -33,7 +33,7 @@ from openemu3.records import InputError
 _COPY_SIDE = 128
 
 
-def inspect_video(arguments: dict[str, Any], payload: bytes, alive: Alive) -> tuple[dict[str, Any], bytes]:
+def inspect_video(arguments: dict[str, Any], payload: bytes, alive: Alive) -> tuple[dict[str, Any], list[bytes]]:
     """Reads one film, finds its scenes and measures each. Called by `guard.Guard`.
 
     arguments  as for `inspection.inspect_image`.
@@ -49,10 +49,10 @@ def inspect_video(arguments: dict[str, Any], payload: bytes, alive: Alive) -> tu
             whole |= _measure_file(source)
             whole |= {"seconds_read": time.perf_counter() - began}
             if not whole["num_bytes"]:
-                return _refuse(whole, "empty", "it has 0 bytes"), b""
+                return _refuse(whole, "empty", "it has 0 bytes"), []
             after_read = time.perf_counter()
             if detect_kind(source) == "image":
-                return _refuse(whole, "still", "it is a picture that does not move; emu3 curate images takes those"), b""
+                return _refuse(whole, "still", "it is a picture that does not move; emu3 curate images takes those"), []
             info, scenes = probe_video(source), find_scenes(source, alive=alive)
             seconds = time.perf_counter() - after_read  # of finding the scenes; counted once, for the first clip
             for clip in cut_clips(source, scenes, alive=alive):
@@ -65,8 +65,8 @@ def inspect_video(arguments: dict[str, Any], payload: bytes, alive: Alive) -> tu
                 whole, seconds = {**whole, "seconds_read": None}, 0.0
     except InputError as error:
         reason = "too large" if "too large" in str(error) else "unreadable" if "num_bytes" in whole else "missing"
-        return _refuse(whole, reason, _name_item(str(error), item)), b""
-    return {"rows": rows}, b"".join(parts)
+        return _refuse(whole, reason, _name_item(str(error), item)), []
+    return {"rows": rows}, parts
 
 
 def _measure_file(source: Source) -> dict[str, Any]:
@@ -143,17 +143,17 @@ class ClipCutter:
         spans = [vars(scene) for scene in scenes]
         answer, payload = self._guard.call({"item": item, "max_bytes": self._max_bytes, "sha256": sha256, "scenes": spans})
         ends = np.cumsum([0, *answer["lengths"]]).tolist()
-        return [payload[begin:end] for begin, end in zip(ends, ends[1:], strict=False)]
+        return [bytes(payload[begin:end]) for begin, end in zip(ends, ends[1:], strict=False)]
 
     def close(self) -> None:
         self._guard.close()
 
 
-def cut_some(arguments: dict[str, Any], payload: bytes, alive: Alive) -> tuple[dict[str, Any], bytes]:
+def cut_some(arguments: dict[str, Any], payload: bytes, alive: Alive) -> tuple[dict[str, Any], list[bytes]]:
     item = Item(**arguments["item"])
     with open_item(item, arguments["max_bytes"]) as source:
         if _measure_file(source)["sha256"] != arguments["sha256"]:
             raise InputError(f"item {item.id!r} has changed since it was scored")
         scenes = [Scene(**scene) for scene in arguments["scenes"]]
         clips = [clip.media for clip in cut_clips(source, scenes, alive=alive)]
-    return {"lengths": list(map(len, clips))}, b"".join(clips)
+    return {"lengths": list(map(len, clips))}, clips

@@ -1,9 +1,10 @@
 """A child process for what may hang or crash on strangers' files: it is given one file at a time, and killed when it takes too long.
 
-In: the name of a function (arguments: dict, payload: bytes, alive) -> (answer: dict, payload: bytes), and what to call it with. Out: its
-answer, or InputError with the reason: what the function raised, "took longer than ...", or "crashed". The surprising things: the time limit
-is for work without a sign of progress, which the function gives by calling `alive`, so that a film of hours may take hours and is still
-noticed when it hangs; and the child also ends itself, by a timer below Python, so that none is left behind when this process is killed.
+In: the name of a function (arguments: dict, payload: bytes, alive) -> (answer: dict, payloads: list of bytes), and what to call it with.
+Out: its answer, or InputError with the reason: what the function raised, "took longer than ...", or "crashed". The surprising things: the
+time limit is for work without a sign of progress, which the function gives by calling `alive`, so that a film of hours may take hours and
+is still noticed when it hangs; and the child also ends itself, by a timer below Python, so that none is left behind when this process is
+killed.
 
 One message is: length of the JSON, length of the payload (two unsigned 64-bit numbers), the JSON, the payload.
 """
@@ -22,13 +23,13 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import IO, Any
 
 from openemu3.records import InputError
 
 Alive = Callable[[], None]
-Function = Callable[[dict[str, Any], bytes, Alive], tuple[dict[str, Any], bytes]]
+Function = Callable[[dict[str, Any], bytes, Alive], tuple[dict[str, Any], Sequence[bytes]]]
 
 _HEADER = struct.Struct("<QQ")
 # A child that decodes may not take more; damaged headers ask for anything. Address space, so generous.
@@ -61,15 +62,15 @@ class Guard:
         self.function, self.seconds, self.prepare = function, seconds, prepare
         self._lock = threading.Lock()
 
-    def call(self, arguments: dict[str, Any], payload: bytes = b"", seconds: float | None = None) -> tuple[dict[str, Any], bytes]:
-        """The function's answer. Raises InputError as the function does, TookTooLong or Crashed."""
+    def call(self, arguments: dict[str, Any], payload: bytes = b"", seconds: float | None = None) -> tuple[dict[str, Any], memoryview]:
+        """The function's answer, and its payloads one after the other. Raises InputError as the function does, TookTooLong or Crashed."""
         limit = self.seconds if seconds is None else seconds
         with self._lock:
             for attempt in range(2):
                 child = self._start()
                 try:
                     assert child.stdin is not None and child.stdout is not None
-                    _send(child.stdin, {"seconds": limit, "arguments": arguments}, payload)
+                    _send(child.stdin, {"seconds": limit, "arguments": arguments}, [payload])
                 except OSError:  # it ended while it had nothing to do
                     self.close()
                     if attempt:
@@ -126,19 +127,19 @@ class Guard:
         self.close()
 
 
-def _send(pipe: IO[bytes], message: dict[str, Any], payload: bytes) -> None:
+def _send(pipe: IO[bytes], message: dict[str, Any], payloads: Sequence[bytes]) -> None:
     text = json.dumps(message).encode()
-    for data in (_HEADER.pack(len(text), len(payload)), text, payload):
+    for data in (_HEADER.pack(len(text), sum(map(len, payloads))), text, *payloads):
         view = memoryview(data)
         while view:
             view = view[pipe.write(view) :]
 
 
-def _receive(pipe: IO[bytes], deadline: float | None) -> tuple[dict[str, Any], bytes]:
+def _receive(pipe: IO[bytes], deadline: float | None) -> tuple[dict[str, Any], memoryview]:
     """Raises EOFError when the other side is gone, TimeoutError at the deadline."""
     text_length, payload_length = _HEADER.unpack(_read_exactly(pipe, _HEADER.size, deadline))
     text = _read_exactly(pipe, text_length, deadline)
-    return json.loads(bytes(text)), bytes(_read_exactly(pipe, payload_length, deadline))
+    return json.loads(bytes(text)), memoryview(_read_exactly(pipe, payload_length, deadline))
 
 
 def _read_exactly(pipe: IO[bytes], size: int, deadline: float | None) -> bytearray:
@@ -170,7 +171,7 @@ def _serve(name: str, prepare: str) -> None:
         _find(prepare)()
     resource.setrlimit(resource.RLIMIT_AS, (MAX_MEMORY, MAX_MEMORY))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    _send(answers, {"ready": True}, b"")
+    _send(answers, {"ready": True}, [])
     while True:
         try:
             message, payload = _receive(calls, None)
@@ -182,15 +183,15 @@ def _serve(name: str, prepare: str) -> None:
             nonlocal told
             if time.monotonic() - told > _SIGN_SECONDS:
                 with contextlib.suppress(BrokenPipeError):
-                    _send(answers, _SIGN, b"")
+                    _send(answers, _SIGN, [])
                 faulthandler.dump_traceback_later(limit + 5, exit=True, file=devnull)
                 told = time.monotonic()
 
         faulthandler.dump_traceback_later(limit + 5, exit=True, file=devnull)
         try:
-            answer, returned = function(message["arguments"], payload, give_sign)
+            answer, returned = function(message["arguments"], bytes(payload), give_sign)
         except (InputError, MemoryError) as error:
-            answer, returned = {"refused": str(error) or "not enough memory to decode it"}, b""
+            answer, returned = {"refused": str(error) or "not enough memory to decode it"}, []
         finally:
             faulthandler.cancel_dump_traceback_later()
         with contextlib.suppress(BrokenPipeError):  # whoever asked is gone; the next call ends this

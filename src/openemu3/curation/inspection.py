@@ -28,7 +28,7 @@ _COPY_SIDE = 128
 _HASH_SIDE = 8
 
 
-def inspect_image(arguments: dict[str, Any], payload: bytes, alive: Alive) -> tuple[dict[str, Any], bytes]:
+def inspect_image(arguments: dict[str, Any], payload: bytes, alive: Alive) -> tuple[dict[str, Any], list[bytes]]:
     """Reads, decodes and measures one picture. Called by `guard.Guard`.
 
     arguments  item: fields of `Item`; max_bytes; working_side and thumbnail_side: longest sides of the copies in pixels; text: whether to
@@ -37,7 +37,7 @@ def inspect_image(arguments: dict[str, Any], payload: bytes, alive: Alive) -> tu
     the payload: the working copy (uint8 RGB, pixels_height x pixels_width) and the thumbnail (WebP).
     """
     row, pixels, thumbnail = _inspect(arguments)
-    return {"rows": [row | {"pixels_length": len(pixels), "thumbnail_length": len(thumbnail)}]}, pixels + thumbnail
+    return {"rows": [row | {"pixels_length": len(pixels), "thumbnail_length": len(thumbnail)}]}, [pixels, thumbnail]
 
 
 def load_detector() -> None:

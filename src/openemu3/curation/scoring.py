@@ -142,7 +142,7 @@ class FileInspector:
             return [{"reason": "decoder crashed", "detail": str(error), "seconds_decode": time.perf_counter() - began, "num_rows": 1}]
         except InputError as error:
             return [{"reason": "unreadable", "detail": str(error), "num_rows": 1}]
-        rows, view = [], memoryview(payload)
+        rows, view = [], payload
         for row in answer["rows"]:
             pixels, thumbnail = row.pop("pixels_length", 0), row.pop("thumbnail_length", 0)
             if thumbnail:
