@@ -24,6 +24,7 @@ from openemu3.tokenization.text import train_text_tokenizer
 SIDE = 64
 COLOURS = ("red", "green", "blue", "gold", "black", "purple")
 FEW_PICTURES = ("--images-per-batch", 2, "--max-validation", 8)
+TRAIN_LANGUAGE = ("train", "language", "documents", "--tokenizers", "tokenizers", "--output", "new")
 
 
 def draw(colour, left):
@@ -174,6 +175,8 @@ def test_a_stopped_run_says_so_and_goes_on(work, tmp_path):
         (["train", "language", "samples.parquet", "--tokenizers", "tokenizers", "--output", "new"], "does not hold token documents"),
         (["train", "language", "documents", "--tokenizers", "model", "--output", "runs/vision"], "is of another configuration"),
         (["train", "language", "a.parquet", "--tokenizers", "tokenizers", "--output", "new", "--mixture", "draw", "-1"], "mixture has"),
+        ([*TRAIN_LANGUAGE, "--dp", "2", "--prompts", "a"], "prompts are drawn in a run of one process"),
+        ([*TRAIN_LANGUAGE, "--max-validation", "0"], "max_validation is 0"),
         (["export", "tokenizers", "nowhere", "--text", "text.tiktoken", "--output", "new"], "nowhere holds no checkpoint"),
         (["export", "tokenizers", "runs/vision", "--text", "nothing.tiktoken", "--output", "new"], "nothing.tiktoken"),
         (["export", "model", "runs/vision", "--tokenizers", "tokenizers", "--output", "new"], "one of kind 'language' is needed"),

@@ -100,7 +100,7 @@ class TrainLanguage:
     peak_tflops: float | None = None
     """What one device could do, in 10^12 operations a second, for MFU; otherwise it is measured."""
     prompts: tuple[str, ...] = ()
-    """What to draw after every measurement, one sentence or several."""
+    """What to draw after every measurement, one sentence or several; in a run of one process."""
     training: TrainingOptions = field(default_factory=TrainingOptions)
     parallel: ParallelOptions = field(default_factory=ParallelOptions)
     json: Json = False
@@ -124,6 +124,11 @@ class TrainLanguage:
             parallel=parallel,
             init_from=self.init_from,
         )
+        if self.prompts and run.parallel.num_ranks > 1:
+            raise InputError(
+                f"prompts are drawn in a run of one process, where all weights lie, and this one has {run.parallel.num_ranks}; "
+                "leave them out, and draw with what `emu3 export model` makes of a checkpoint"
+            )
         draw, prompts = None, self.prompts or preset.prompts
         if prompts and run.parallel.num_ranks == 1:
             draw = presets.build_sheet_drawer(self.tokenizers, prompts, preset.defaults, preset.image_area, run.device, self.training.seed)
