@@ -380,10 +380,8 @@ def main() -> None:
             for name, side in (("ours", ours), ("Data-Juicer", theirs)):
                 if side is not None:
                     row = results["workers"][name] = time_workers(side, "all, pictures", pictures, repeats)
-                    print(
-                        f"  {name:16} {row['speed-up']:9.2f} x  {row['after the start']:.2f} x  {row['processor']:.2f} x  {row['cores']:.2f} cores",
-                        flush=True,
-                    )
+                    speeds = f"{row['speed-up']:9.2f} x  {row['after the start']:.2f} x"
+                    print(f"  {name:16} {speeds}  {row['processor']:.2f} x  {row['cores']:.2f} cores", flush=True)
         for side in (ours, theirs):
             if side is not None:
                 side.close()
