@@ -20,7 +20,7 @@ PYTEST := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n $(TEST_P
 help:
 	@echo "make demo      pictures, descriptions and films by the small model that ships here -> $(DEMO_OUTPUT)/index.html"
 	@echo "make test      the tests that end within ten minutes on two cores"
-	@echo "make test-all  those and the slow ones"
+	@echo "make test-all  those and the slow ones; some want Debian's chromium, postgresql and npm, and say so where they are missing"
 	@echo "make check     ruff (style, undefined names), mypy (types), import-linter (who may import whom)"
 	@echo "make bench     measured side by side with transformers, ratios printed"
 	@echo "make clean     remove .venv and all caches"
@@ -44,6 +44,11 @@ $(STAMP)/test: $(STAMP)/torch pyproject.toml
 	@$(PIP) install --constraint constraints.txt --editable '.[test,recipes]'
 	@touch $@ $(STAMP)/run
 
+$(STAMP)/test-all: $(STAMP)/test
+	@echo "installing openemu3[cluster]"
+	@$(PIP) install --constraint constraints.txt --editable '.[test,recipes,cluster]'
+	@touch $@
+
 $(STAMP)/dev: $(STAMP)/torch pyproject.toml
 	@echo "installing openemu3[test,dev]"
 	@$(PIP) install --constraint constraints.txt --editable '.[test,recipes,dev]'
@@ -55,7 +60,7 @@ demo: $(STAMP)/run
 test: $(STAMP)/test
 	$(PYTEST) -m "not slow"
 
-test-all: $(STAMP)/test
+test-all: $(STAMP)/test-all
 	$(PYTEST)
 
 check: style types layers

@@ -93,8 +93,16 @@ class Report:
         print("judging", flush=True)
         with torch.enable_grad():
             judges = train_judges(samples, pixels, LPIPS("vgg"), self.classifier_steps)
-        alignment = {
-            name: score_drawings(pictures[0], rebuilt, wanted, samples, pixels, judges, self.num_candidates)
+        alignment = {  # of every drawing, so that one prompt counts as often as it was drawn
+            name: score_drawings(
+                pictures.flatten(0, 1),
+                rebuilt.repeat(self.num_seeds, 1, 1, 1),
+                wanted * self.num_seeds,
+                samples,
+                pixels,
+                judges,
+                self.num_candidates,
+            )
             for name, pictures in drawings.items()
         }
         report: dict[str, Any] = {
@@ -251,8 +259,8 @@ def write_html(report: dict[str, Any], prompts: Sequence[str], names: Sequence[s
 {table(["model", "rank"], quality)}
 <h2>Preferences</h2><p>Drawings after DPO against those before it, judged by {html.escape(preferences["taste"])}:
 <b>{show(preferences["win rate"])}</b> are preferred.</p>{table(["model", preferences["taste"]], taste)}
-<p>Do they still show what was asked? The right picture among {report["settings"]["num_candidates"]} by LPIPS; style and tone by
-classifiers of real pictures.</p>{table(["model", *ALIGNMENT], aligned)}
+<p>Do they still show what was asked? Of all drawings: the right picture among {report["settings"]["num_candidates"]} by LPIPS;
+style and tone by classifiers of real pictures.</p>{table(["model", *ALIGNMENT], aligned)}
 <p>From above: the real picture, then {html.escape(", then ".join(names))}.</p><img src="data:image/png;base64,{picture}" alt="drawings">
 <details><summary>Prompts</summary><ol>{"".join(f"<li>{html.escape(prompt)}</li>" for prompt in prompts[:60])}</ol></details>
 <h2>Image-to-text</h2><p>Exact descriptions of held-out pictures.</p>{table(["model", "caption", "name", "style", "tone"], described)}

@@ -63,8 +63,8 @@ class Vote:
             pictures = [read_image(server.read(f"/api/media/{one['candidate']}"))[:, 0] for one in shown["candidates"]]
             appeal = self._see([TASTES[self.taste](picture) for picture in pictures], eye)
             alignment = self._see([measure_likeness(picture, real[shown["text"]]) for picture in pictures], eye)
-            # Alignment moves less: between pictures that all show what was asked, taste decides.
-            scores = zip(shown["candidates"], to_scores(appeal), to_scores(alignment, 2, 4), strict=True)
+            # Both count alike. Where taste moved more than alignment, DPO made large subjects that showed less of what was asked.
+            scores = zip(shown["candidates"], to_scores(appeal), to_scores(alignment), strict=True)
             for one, liked, aligned in scores:
                 server.ask("/api/votes", {"candidate": one["candidate"], "appeal": liked, "alignment": aligned})
                 num_rated += 1

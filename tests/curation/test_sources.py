@@ -198,9 +198,9 @@ def test_a_list_names_files_below_its_folder_and_below_roots_alone(tmp_path: Pat
         {"path": "gopher://x/y.jpg"},
         {"image_path": "in.jpg", "captions": {"en": "half \ud800 pair", "zh": " "}},
     ]
-    (home / "list.jsonl").write_text("\n".join(map(json.dumps, rows)) + "\nnot json\n")
+    (home / "list.jsonl").write_text("\n".join(map(json.dumps, rows)) + "\nnot json\n" + "[" * 100_000)
     escaped = "name leads out of the source"
-    expected = [b"IN", escaped, escaped, escaped, "names no file", "a URL that is not read here", b"IN", "not a JSON object"]
+    expected = [b"IN", escaped, escaped, escaped, "names no file", "a URL that is not read here", b"IN", *2 * ["not a JSON object"]]
     found = read_all(home / "list.jsonl")
     assert [data for data, _ in found.values()] == expected
     assert list(found.values())[6][1] == {"en": "half ? pair"}

@@ -167,6 +167,7 @@ def test_what_follows_an_empty_answer_is_left_out(folder):
     ("name", "text", "message"),
     [
         ("a.json", "{", "is no JSON"),
+        ("a.json", "[" * 100_000, "is no JSON"),
         ("a.jsonl", "{}\n{", "row 1 is no conversation"),
         ("a.jsonl", '{"messages": []}\n{', "line 2 is no JSON"),
         ("a.json", '{"messages": []}', "a list of conversations is allowed"),

@@ -353,7 +353,7 @@ def _parse_caption(data: bytes, suffix: str, config: SourceConfig) -> dict[str, 
         return {config.language: text} if text else {}
     try:
         return _find_captions(json.loads(text), config)
-    except ValueError:
+    except (ValueError, RecursionError):
         return {}
 
 
@@ -473,7 +473,7 @@ def _list_lines(entry: _Entry, name: str, config: SourceConfig, base: str) -> It
                 continue
             try:
                 row = json.loads(line)
-            except ValueError:
+            except (ValueError, RecursionError):
                 row = None
             if not isinstance(row, dict):
                 yield Item(f"{name}#{number}", entry.uri, refused="not a JSON object")

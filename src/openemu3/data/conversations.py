@@ -137,7 +137,7 @@ def _read_rows(path: Path) -> Iterator[Any]:
 def _parse_json(text: str, where: str) -> Any:
     try:
         return json.loads(text)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise InputError(f"{where} is no JSON ({error})") from error
 
 
