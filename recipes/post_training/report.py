@@ -45,6 +45,7 @@ from openemu3.tokenization.lpips import LPIPS
 from openemu3.tokenization.sequence import Turn
 
 ALIGNMENT = ("retrieval", "style", "tone")
+MAX_SHOWN = 60  # prompts whose pictures are in the report
 
 
 @dataclass(frozen=True)
@@ -83,11 +84,13 @@ class Report:
 
         models = {"before": self.base, "after quality tuning": self.work / "qft_model", "after DPO": self.work / "dpo_model"}
         drawings: dict[str, Tensor] = {}  # [seeds, N, 3, H, W]
+        shown: list[Tensor] = []  # [N, 3, H, W], as a user gets them
         rebuilt = None
         for name, folder in models.items():
             print(f"drawing {len(prompts)} prompts: {name}", flush=True)
             emu3 = Emu3.load(folder)
             drawings[name] = torch.stack([draw(emu3, prompts, seed, self.temperature) for seed in range(self.num_seeds)])
+            shown.append(draw(emu3, prompts[:MAX_SHOWN], 0, emu3.defaults.temperature))
             rebuilt = reconstruct(emu3, pixels[wanted]) if rebuilt is None else rebuilt
         assert rebuilt is not None
         print("judging", flush=True)
@@ -114,7 +117,7 @@ class Report:
             "instruction": self._measure_answers(),
         }
         (self.work / "report.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
-        sheet = make_sheet([pixels[wanted], *(pictures[0] for pictures in drawings.values())])
+        sheet = make_sheet([pixels[wanted[:MAX_SHOWN]], *shown])
         (self.work / "report.html").write_text(write_html(report, prompts, list(drawings), sheet), encoding="utf-8")
         sheet.save(self.work / "before_after.png")
         print(self.work / "report.html")
@@ -208,10 +211,10 @@ def answer(emu3: Emu3, rows: Sequence[dict[str, Any]], folder: Path) -> list[str
     return texts
 
 
-def make_sheet(kinds: Sequence[Tensor], columns: int = 20, max_pictures: int = 60) -> Image.Image:
+def make_sheet(kinds: Sequence[Tensor], columns: int = 20) -> Image.Image:
     """Pictures of several kinds [N, 3, H, W], one kind a row, `columns` to a line, with a gap between the lines."""
     height, width = kinds[0].shape[2:]
-    number = min(max_pictures, len(kinds[0]))
+    number = len(kinds[0])
     columns = min(columns, number)
     lines = -(-number // columns)
     sheet = Image.new("RGB", (columns * width, lines * (len(kinds) * height + 8)), "white")
@@ -261,8 +264,9 @@ def write_html(report: dict[str, Any], prompts: Sequence[str], names: Sequence[s
 <b>{show(preferences["win rate"])}</b> are preferred.</p>{table(["model", preferences["taste"]], taste)}
 <p>Do they still show what was asked? Of all drawings: the right picture among {report["settings"]["num_candidates"]} by LPIPS;
 style and tone by classifiers of real pictures.</p>{table(["model", *ALIGNMENT], aligned)}
-<p>From above: the real picture, then {html.escape(", then ".join(names))}.</p><img src="data:image/png;base64,{picture}" alt="drawings">
-<details><summary>Prompts</summary><ol>{"".join(f"<li>{html.escape(prompt)}</li>" for prompt in prompts[:60])}</ol></details>
+<p>From above: the real picture, then {html.escape(", then ".join(names))}, at the model's own temperature;
+the measures are of drawings at {report["settings"]["temperature"]}.</p><img src="data:image/png;base64,{picture}" alt="drawings">
+<details><summary>Prompts</summary><ol>{"".join(f"<li>{html.escape(prompt)}</li>" for prompt in prompts[:MAX_SHOWN])}</ol></details>
 <h2>Image-to-text</h2><p>Exact descriptions of held-out pictures.</p>{table(["model", "caption", "name", "style", "tone"], described)}
 <h2>Instruction tuning</h2><p>Right answers about held-out pictures. Subjects are one of {html.escape(", ".join(KINDS.values()))}.</p>
 {table(["question", "number", "before", "majority", "after"], answered)}
