@@ -45,6 +45,7 @@ from openemu3.tokenization.lpips import LPIPS
 from openemu3.tokenization.sequence import Turn
 
 ALIGNMENT = ("retrieval", "style", "tone")
+ANSWERS = ("majority", "before", "after image-to-text", "after")
 MAX_SHOWN = 60  # prompts whose pictures are in the report
 
 
@@ -162,7 +163,7 @@ class Report:
         return report
 
     def _measure_answers(self) -> dict[str, Any]:
-        """kind of question -> {"before", "after", "majority"}: shares of right answers, intervals over pictures."""
+        """kind of question -> {"majority", "before", "after image-to-text", "after"}: shares of right answers, intervals over pictures."""
         folder = self.work / "questions"
         learnt, asked = (json.loads((folder / f"{side}.json").read_text(encoding="utf-8")) for side in ("train", "heldout"))
         asked = asked[: self.max_questions]
@@ -170,7 +171,8 @@ class Report:
         for row in learnt:
             answers[row["kind"]][row["conversations"][1]["value"]] += 1
         said = {"majority": [answers[row["kind"]].most_common(1)[0][0] for row in asked]}
-        for name, model in (("before", self.base), ("after", self.work / "instruct_model")):
+        models = {"before": self.base, "after image-to-text": self.work / "image_to_text_model", "after": self.work / "instruct_model"}
+        for name, model in models.items():
             print(f"answering {len(asked)} questions: {name}", flush=True)
             said[name] = answer(Emu3.load(model), asked, folder)
         kinds = sorted({row["kind"] for row in asked})
@@ -248,7 +250,7 @@ def write_html(report: dict[str, Any], prompts: Sequence[str], names: Sequence[s
         [name, *(show(scores.get(key)) for key in ("caption", "name", "style", "tone"))] for name, scores in report["image-to-text"].items()
     ]
     answered = [
-        [kind, str(scores["majority"]["count"]), *(show(scores[name]) for name in ("before", "majority", "after"))]
+        [kind, str(scores["majority"]["count"]), *(show(scores[name]) for name in ANSWERS)]
         for kind, scores in report["instruction"].items()
     ]
     quality = [[name, show(value)] for name, value in report["quality tuning"].items()]
@@ -269,7 +271,7 @@ the measures are of drawings at {report["settings"]["temperature"]}.</p><img src
 <details><summary>Prompts</summary><ol>{"".join(f"<li>{html.escape(prompt)}</li>" for prompt in prompts[:MAX_SHOWN])}</ol></details>
 <h2>Image-to-text</h2><p>Exact descriptions of held-out pictures.</p>{table(["model", "caption", "name", "style", "tone"], described)}
 <h2>Instruction tuning</h2><p>Right answers about held-out pictures. Subjects are one of {html.escape(", ".join(KINDS.values()))}.</p>
-{table(["question", "number", "before", "majority", "after"], answered)}
+{table(["question", "number", *ANSWERS], answered)}
 </html>
 """
 
