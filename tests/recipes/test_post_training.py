@@ -44,7 +44,7 @@ def test_every_script_in_it_is_there() -> None:
 @pytest.mark.slow
 def test_from_the_mini_model_to_the_report(real_packages: Path, lpips_weights: Path, tmp_path: Path) -> None:
     """All nine steps: selection, quality tuning, candidates, votes through the server, DPO, both stages of understanding, the report."""
-    prepare_samples.main(prepare_samples.Preparation(("images",), packages=real_packages, output=tmp_path / "all", max_samples=900))
+    prepare_samples.main(prepare_samples.Preparation(("images",), packages=real_packages, output=tmp_path / "all"))
     core = select_core(read_samples(tmp_path / "all" / "images.parquet"), Counter())
     write_samples(tmp_path / "core" / "images.parquet", core)
     environment = {"OPENEMU3_CACHE": str(lpips_weights), "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")}
