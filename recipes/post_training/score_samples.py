@@ -16,6 +16,7 @@ import tyro
 from torch import Tensor
 
 from openemu3.data.samples import read_samples, write_samples
+from openemu3.data.shards import spread_evenly
 from openemu3.media import read_image
 
 SCORES = ("contrast", "colourfulness", "sharpness")
@@ -35,7 +36,7 @@ class ScoreSamples:
     def run(self) -> None:
         samples = list(read_samples(self.samples, kind="image"))
         if self.max_samples is not None and len(samples) > self.max_samples:
-            samples = [samples[index * len(samples) // self.max_samples] for index in range(self.max_samples)]
+            samples = [samples[index] for index in spread_evenly(len(samples), self.max_samples)]  # a stride would meet one skin tone alone
         scored = (replace(sample, scores={**sample.scores, **score_picture(read_image(sample.media)[:, 0])}) for sample in samples)
         print(f"{self.output}: {write_samples(self.output, scored)} samples with {', '.join(SCORES)}")
 
