@@ -2,7 +2,9 @@
 
 import io
 import json
+import os
 import shutil
+import subprocess
 import sys
 import tarfile
 from pathlib import Path
@@ -14,6 +16,17 @@ from PIL import Image
 REPOSITORY = Path(__file__).parents[2]
 EXCERPT = Path(__file__).parent / "emoji_excerpt"
 sys.path.insert(0, str(REPOSITORY / "recipes" / "mini"))
+
+
+@pytest.fixture(scope="session")
+def run_recipe():
+    """Runs a script of recipes/ as a user does: its name, arguments, `cwd`, and variables of the environment."""
+
+    def run(name: str, *arguments: object, cwd: Path, **environment: str) -> subprocess.CompletedProcess[str]:
+        command = ["bash", str(REPOSITORY / "recipes" / name), *map(str, arguments)]
+        return subprocess.run(command, cwd=cwd, env=os.environ | environment, capture_output=True, text=True)
+
+    return run
 
 
 def write_tarball(path: Path, members: dict[str, bytes]) -> None:

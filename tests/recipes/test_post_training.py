@@ -17,20 +17,15 @@ REPOSITORY = Path(__file__).parents[2]
 SCRIPT = REPOSITORY / "recipes" / "post_training.sh"
 
 
-def run(*arguments: object, cwd: Path, **environment: str) -> subprocess.CompletedProcess[str]:
-    command = ["bash", str(SCRIPT), *map(str, arguments)]
-    return subprocess.run(command, cwd=cwd, env=os.environ | environment, capture_output=True, text=True)
-
-
-def test_it_explains_itself_and_refuses_what_it_does_not_know(tmp_path: Path) -> None:
-    explained = run("--help", cwd=tmp_path)
+def test_it_explains_itself_and_refuses_what_it_does_not_know(run_recipe, tmp_path: Path) -> None:
+    explained = run_recipe("post_training.sh", "--help", cwd=tmp_path)
     assert explained.returncode == 0 and "set -euo" not in explained.stdout
     for flag in ("--smoke", "--work", "--model", "--samples"):
         assert f"\n  {flag} " in explained.stdout
     for arguments, words in ((["--fast"], "--fast is unknown"), (["--work"], "--work needs a folder")):
-        refused = run(*arguments, cwd=tmp_path)
+        refused = run_recipe("post_training.sh", *arguments, cwd=tmp_path)
         assert refused.returncode == 2 and words in refused.stderr and refused.stdout == ""
-    missing = run("--smoke", "--work", "work", "--samples", "nowhere", cwd=tmp_path)
+    missing = run_recipe("post_training.sh", "--smoke", "--work", "work", "--samples", "nowhere", cwd=tmp_path)
     assert missing.returncode == 2 and "nowhere/images.parquet is missing; recipes/mini_cpu.sh makes it" in missing.stderr
 
 
@@ -42,13 +37,13 @@ def test_every_script_in_it_is_there() -> None:
 
 
 @pytest.mark.slow
-def test_from_the_mini_model_to_the_report(real_packages: Path, lpips_weights: Path, tmp_path: Path) -> None:
+def test_from_the_mini_model_to_the_report(run_recipe, real_packages: Path, lpips_weights: Path, tmp_path: Path) -> None:
     """All nine steps: selection, quality tuning, candidates, votes through the server, DPO, both stages of understanding, the report."""
     prepare_samples.main(prepare_samples.Preparation(("images",), packages=real_packages, output=tmp_path / "all"))
     core = select_core(read_samples(tmp_path / "all" / "images.parquet"), Counter())
     write_samples(tmp_path / "core" / "images.parquet", core)
     environment = {"OPENEMU3_CACHE": str(lpips_weights), "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")}
-    done = run("--smoke", "--work", "work", "--samples", "core", cwd=tmp_path, **environment)
+    done = run_recipe("post_training.sh", "--smoke", "--work", "work", "--samples", "core", cwd=tmp_path, **environment)
     assert done.returncode == 0, done.stderr[-3000:]
 
     report = json.loads((tmp_path / "work" / "report.json").read_text())
@@ -60,6 +55,6 @@ def test_from_the_mini_model_to_the_report(real_packages: Path, lpips_weights: P
     assert read_image(tmp_path / "work" / "before_after.png").shape[0] == 3
 
     before = {path: path.stat().st_mtime_ns for path in (tmp_path / "work").rglob("model.safetensors")}
-    again = run("--smoke", "--work", "work", "--samples", "core", cwd=tmp_path, **environment)
+    again = run_recipe("post_training.sh", "--smoke", "--work", "work", "--samples", "core", cwd=tmp_path, **environment)
     assert again.returncode == 0 and again.stderr.count("is there already") >= 6, again.stderr[-3000:]
     assert {path: path.stat().st_mtime_ns for path in (tmp_path / "work").rglob("model.safetensors")} == before
