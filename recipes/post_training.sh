@@ -60,14 +60,14 @@ parts=recipes/post_training
 
 # Full size, and what is small in a smoke test.
 # Once through the pairs is enough, and more is harmful: the mini model learns them by heart at the second sight of them.
-scored=() prompts=(--num-prompts 640 --num-heldout 96) candidates=8
+scored=() prompts=(--num-prompts 640 --num-tuning 96 --num-heldout 160) candidates=8
 qft=(--num-steps 50) dpo=(--num-steps 25) image_to_text=(--num-steps 100) instruct=(--num-steps 600)
 questions=() report=()
 rows=(--rows-per-batch 4 --rows-per-micro-batch 4 --context-length 512)
 pairs_per_batch=16
 if $smoke; then
     scored=(--max-samples 60)
-    prompts=(--num-prompts 6 --num-heldout 4)
+    prompts=(--num-prompts 6 --num-tuning 4 --num-heldout 4)
     candidates=2
     qft=(--num-steps 2) dpo=(--num-steps 2) image_to_text=(--num-steps 2) instruct=(--num-steps 2)
     questions=(--max-pictures 4)

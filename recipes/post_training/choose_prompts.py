@@ -1,7 +1,8 @@
-"""Prompts to collect preferences on, and others to measure on: no caption is in both.
+"""Prompts to collect preferences on, others to choose settings by, and others again to measure on: no caption is in two of them.
 
-In: images.parquet of the mini core. Out: prompts.txt (captions of the training split) and heldout.jsonl ({"id", "prompt"}): captions of
-held-out combinations of concept and style or tone, and as many of the training split that are not in prompts.txt.
+In: images.parquet of the mini core. Out: prompts.txt (captions of the training split), tuning.jsonl and heldout.jsonl
+({"id", "prompt", "split"}): captions of the training split, and for tuning those of held-out combinations of concept and style or tone, for
+measuring those of held-out concepts.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import json
 import random
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import tyro
 
@@ -24,27 +26,46 @@ class ChoosePrompts:
     """Parquet file of samples."""
     output: Path
     """Folder to write to."""
-    num_prompts: int = 160
+    num_prompts: int = 640
     """Prompts to collect preferences on."""
-    num_heldout: int = 120
-    """Prompts to measure on, at most."""
+    num_tuning: int = 96
+    """Prompts to choose settings by: at most half of them are of new combinations."""
+    num_heldout: int = 160
+    """Prompts to measure on, at most half of them of new concepts."""
     seed: int = 0
 
     def run(self) -> None:
-        rows = [row for row in read_columns(self.samples, ["id", "captions", "split"], kind="image") if "en" in row["captions"]]
+        splits: dict[str, list[dict[str, Any]]] = {"train": [], "heldout_combination": [], "heldout_picture": []}
+        for row in read_columns(self.samples, ["id", "captions", "split"], kind="image"):
+            if "en" in row["captions"] and row["split"] in splits:
+                splits[row["split"]].append(row)
         lottery = random.Random(self.seed)
-        seen = [row for row in rows if row["split"] == "train"]
-        new = [row for row in rows if row["split"] == "heldout_combination"]
-        lottery.shuffle(seen), lottery.shuffle(new)
+        for rows in splits.values():
+            lottery.shuffle(rows)
+        seen = splits["train"]
         asked = list(dict.fromkeys(row["captions"]["en"] for row in seen))[: self.num_prompts]
-        unused = [row for row in seen if row["captions"]["en"] not in set(asked)]
-        new = [row for row in new if row["captions"]["en"] not in set(asked)][: self.num_heldout // 2]
-        measured = [*new, *unused[: self.num_heldout - len(new)]]
+        used = set(asked)
+
+        def take(rows: list[dict[str, Any]], most: int) -> list[dict[str, Any]]:
+            """The first rows whose captions have not been used; from now on they have."""
+            taken: dict[str, dict[str, Any]] = {}
+            for row in rows:
+                caption = row["captions"]["en"]
+                if len(taken) < most and caption not in used:
+                    taken.setdefault(caption, row)
+            used.update(taken)
+            return list(taken.values())
+
+        tuning = take(splits["heldout_combination"], self.num_tuning // 2)
+        tuning += take(seen, self.num_tuning - len(tuning))
+        heldout = take(splits["heldout_picture"], self.num_heldout // 2)
+        heldout += take(seen, self.num_heldout - len(heldout))
         self.output.mkdir(parents=True, exist_ok=True)
         (self.output / "prompts.txt").write_text("".join(prompt + "\n" for prompt in asked), encoding="utf-8")
-        lines = [json.dumps({"id": row["id"], "prompt": row["captions"]["en"], "split": row["split"]}) + "\n" for row in measured]
-        (self.output / "heldout.jsonl").write_text("".join(lines), encoding="utf-8")
-        print(f"{self.output}: {len(asked)} prompts, {len(measured)} held out ({len(new)} of them new combinations)")
+        for name, chosen in (("tuning", tuning), ("heldout", heldout)):
+            lines = [json.dumps({"id": row["id"], "prompt": row["captions"]["en"], "split": row["split"]}) + "\n" for row in chosen]
+            (self.output / f"{name}.jsonl").write_text("".join(lines), encoding="utf-8")
+        print(f"{self.output}: {len(asked)} prompts, {len(tuning)} to choose settings by, {len(heldout)} to measure on")
 
 
 if __name__ == "__main__":

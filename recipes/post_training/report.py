@@ -17,7 +17,7 @@ import html
 import io
 import json
 from collections import Counter, defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -33,7 +33,7 @@ from torch import Tensor
 
 from openemu3.data.conversations import ConversationConfig, Shown, encode_medium
 from openemu3.data.samples import read_columns
-from openemu3.evaluation.image_generation import score_drawings
+from openemu3.evaluation.image_generation import judge_drawings
 from openemu3.evaluation.intervals import Estimate, estimate_mean
 from openemu3.evaluation.report import read_pictures, reconstruct, train_judges
 from openemu3.evaluation.understanding import CaptionParser, describe_pictures, score_descriptions
@@ -59,14 +59,16 @@ class Report:
     """Parquet file of all real pictures."""
     base: str = "mini"
     """The model that the recipe began with."""
-    taste: Literal["warmth", "size"] = "size"
+    taste: Literal["warmth", "size", "calm"] = "size"
     """What the voters like."""
     num_seeds: int = 2
     """Pictures drawn of each prompt, for the win rate."""
     temperature: float = 1.0
     """Of these drawings, as of the candidates that were voted on."""
+    prompts: Literal["heldout", "tuning"] = "heldout"
+    """Which of the prompts that gave no pair; settings are chosen by those for tuning alone."""
     max_prompts: int | None = None
-    """Of the held-out prompts; all otherwise."""
+    """Of these prompts; all otherwise."""
     max_questions: int | None = None
     """Of the held-out questions; all otherwise."""
     num_candidates: int = 50
@@ -77,7 +79,7 @@ class Report:
     def run(self) -> None:
         torch.set_grad_enabled(False)
         samples, pixels = read_pictures(self.samples)
-        lines = (self.work / "preferences" / "heldout.jsonl").read_text(encoding="utf-8").splitlines()
+        lines = (self.work / "preferences" / f"{self.prompts}.jsonl").read_text(encoding="utf-8").splitlines()
         asked = [json.loads(line) for line in lines][: self.max_prompts]
         places = {sample.id: index for index, sample in enumerate(samples)}
         wanted = [places[one["id"]] for one in asked]
@@ -97,23 +99,13 @@ class Report:
         print("judging", flush=True)
         with torch.enable_grad():
             judges = train_judges(samples, pixels, LPIPS("vgg"), self.classifier_steps)
-        alignment = {  # of every drawing, so that one prompt counts as often as it was drawn
-            name: score_drawings(
-                pictures.flatten(0, 1),
-                rebuilt.repeat(self.num_seeds, 1, 1, 1),
-                wanted * self.num_seeds,
-                samples,
-                pixels,
-                judges,
-                self.num_candidates,
-            )
-            for name, pictures in drawings.items()
-        }
+        sources = {f"{name} {seed}": pictures for name, seeds in drawings.items() for seed, pictures in enumerate(seeds)}
+        verdicts = judge_drawings(sources | {"ceiling": rebuilt}, wanted, samples, pixels, judges, self.num_candidates)
         report: dict[str, Any] = {
             "settings": {field: str(value) if isinstance(value, Path) else value for field, value in vars(self).items()},
             "quality tuning": self._measure_quality(drawings),
             "preferences": self._measure_taste(drawings, prompts),
-            "alignment": {name: {key: scores[key] for key in ALIGNMENT if key in scores} for name, scores in alignment.items()},
+            "alignment": self._measure_alignment(verdicts, prompts, list(drawings)),
             "image-to-text": self._measure_descriptions(samples, pixels),
             "instruction": self._measure_answers(),
         }
@@ -151,6 +143,28 @@ class Report:
             "win rate": estimate_mean(wins, groups).to_dict(),
             "mean": {name: estimate_mean(values, groups).to_dict() for name, values in measured.items()},
         }
+
+    def _measure_alignment(
+        self, verdicts: Mapping[str, Mapping[str, Mapping[int, bool]]], prompts: Sequence[str], names: Sequence[str]
+    ) -> dict[str, Any]:
+        """Measure -> model -> share of right drawings, and "change", what DPO did to it: of the same sentences and seeds, so that the
+        interval of the change is narrower than those of the shares."""
+        report: dict[str, Any] = {}
+        for measure in ALIGNMENT:
+            by_source = verdicts.get(measure)
+            if by_source is None:
+                continue
+            places = list(by_source["ceiling"])
+            groups = [prompts[place] for place in places] * self.num_seeds
+            right = {
+                name: np.array([float(by_source[f"{name} {seed}"][place]) for seed in range(self.num_seeds) for place in places])
+                for name in names
+            }
+            report[measure] = {name: estimate_mean(values.tolist(), groups).to_dict() for name, values in right.items()} | {
+                "change": estimate_mean((right["after DPO"] - right["after quality tuning"]).tolist(), groups).to_dict(),
+                "ceiling": estimate_mean([float(is_right) for is_right in by_source["ceiling"].values()]).to_dict(),
+            }
+        return report
 
     def _measure_descriptions(self, samples: Sequence[Any], pixels: Tensor) -> dict[str, Any]:
         held_out = [index for index, sample in enumerate(samples) if sample.split != "train"][: self.max_prompts]
@@ -245,7 +259,8 @@ def write_html(report: dict[str, Any], prompts: Sequence[str], names: Sequence[s
     preferences = report["preferences"]
     alignment = report["alignment"]
     taste = [[name, Estimate(**value).format(3)] for name, value in preferences["mean"].items()]
-    aligned = [[name, *(show(scores.get(key, {}).get("drawn")) for key in ALIGNMENT)] for name, scores in alignment.items()]
+    rows = [*names, "change", "ceiling"]
+    aligned = [[name, *(show(alignment.get(key, {}).get(name)) for key in ALIGNMENT)] for name in rows]
     described = [
         [name, *(show(scores.get(key)) for key in ("caption", "name", "style", "tone"))] for name, scores in report["image-to-text"].items()
     ]
@@ -265,7 +280,8 @@ def write_html(report: dict[str, Any], prompts: Sequence[str], names: Sequence[s
 <h2>Preferences</h2><p>Drawings after DPO against those before it, judged by {html.escape(preferences["taste"])}:
 <b>{show(preferences["win rate"])}</b> are preferred.</p>{table(["model", preferences["taste"]], taste)}
 <p>Do they still show what was asked? Of all drawings: the right picture among {report["settings"]["num_candidates"]} by LPIPS;
-style and tone by classifiers of real pictures.</p>{table(["model", *ALIGNMENT], aligned)}
+style and tone by classifiers of real pictures. Change: what DPO did, on the same sentences and seeds.
+Ceiling: the right pictures themselves, through the vision tokenizer.</p>{table(["model", *ALIGNMENT], aligned)}
 <p>From above: the real picture, then {html.escape(", then ".join(names))}, at the model's own temperature;
 the measures are of drawings at {report["settings"]["temperature"]}.</p><img src="data:image/png;base64,{picture}" alt="drawings">
 <details><summary>Prompts</summary><ol>{"".join(f"<li>{html.escape(prompt)}</li>" for prompt in prompts[:MAX_SHOWN])}</ol></details>

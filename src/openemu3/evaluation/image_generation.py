@@ -13,7 +13,7 @@ The surprising thing: every share stands beside a ceiling, the same measure on t
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -90,16 +90,37 @@ def score_drawings(
 
     drawn, reconstructed: pixels [M, 3, H, W]: drawn from the captions of the M wanted samples (by index), and those samples' own pictures
         through the vision tokenizer.
-    samples, pixels: all real pictures there are, [N, 3, H, W].
-    Returns num_pictures, chance, and for "retrieval", "version" (samples whose concept has other versions), "style" and, where samples
-    have tones, "tone" and "tone_within_one": {"drawn": estimate, "ceiling": estimate}. "tone_within_one" also counts the neighbouring
-    of the five tones as right. Memory holds the vectors of one style and tone's candidates (twice `num_candidates` of them).
+    Returns num_pictures, chance, and for every measure of `judge_drawings`: {"drawn": estimate, "ceiling": estimate}.
     """
     shown = {"drawn": drawn, "ceiling": reconstructed}
-    verdicts: dict[str, dict[str, list[float]]] = {}
+    verdicts = judge_drawings(shown, wanted, samples, pixels, judges, num_candidates, seed)
+    report: dict[str, Any] = {"num_pictures": len(wanted), "chance": 1 / num_candidates}
+    for measure, by_source in verdicts.items():
+        report[measure] = {source: estimate_mean(list(found.values())).to_dict() for source, found in by_source.items()}
+    return report
 
-    def record(measure: str, source: str, is_right: bool) -> None:
-        verdicts.setdefault(measure, {}).setdefault(source, []).append(float(is_right))
+
+def judge_drawings(
+    shown: Mapping[str, Tensor],
+    wanted: Sequence[int],
+    samples: Sequence[Sample],
+    pixels: Tensor,
+    judges: Judges,
+    num_candidates: int = 50,
+    seed: int = 0,
+) -> dict[str, dict[str, dict[int, bool]]]:
+    """Which pictures are recognised: measure -> source -> place among the wanted samples -> whether it is right.
+
+    shown: pictures of the M wanted samples (by index) from every source, [M, 3, H, W] in [-1, 1].
+    samples, pixels: all real pictures there are, [N, 3, H, W].
+    Measures are "retrieval", "version" (only at places whose concept has other versions), "style" and, at places whose samples have
+    tones, "tone" and "tone_within_one", which also counts the neighbouring of the five tones as right; without such places they are
+    missing. Memory holds the vectors of one style and tone's candidates (twice `num_candidates` of them).
+    """
+    verdicts: dict[str, dict[str, dict[int, bool]]] = {}
+
+    def record(measure: str, source: str, place: int, is_right: bool) -> None:
+        verdicts.setdefault(measure, {}).setdefault(source, {})[place] = is_right
 
     groups: dict[tuple[str, str], list[int]] = {}
     for place, index in enumerate(wanted):
@@ -115,22 +136,19 @@ def score_drawings(
             for source, pictures in shown.items():
                 vector = embed_pictures(judges.lpips, pictures[place : place + 1])[0]
                 # With the right one last: a tie, such as between equal files, counts as wrong.
-                record("retrieval", source, find_nearest(vector, torch.cat([others, version_vectors[:1]])) == len(others))
+                record("retrieval", source, place, find_nearest(vector, torch.cat([others, version_vectors[:1]])) == len(others))
                 if len(versions) > 1:
-                    record("version", source, find_nearest(vector, version_vectors) == 0)
+                    record("version", source, place, find_nearest(vector, version_vectors) == 0)
+    toned = [place for place, index in enumerate(wanted) if samples[index].attributes["tone"]]
     for source, pictures in shown.items():
-        for found, index in zip(judges.style.classify(pictures), wanted, strict=True):
-            record("style", source, found == samples[index].attributes["style"])
-        toned = [place for place, index in enumerate(wanted) if samples[index].attributes["tone"]]
+        for place, found in enumerate(judges.style.classify(pictures)):
+            record("style", source, place, found == samples[wanted[place]].attributes["style"])
         if toned:
-            for found, place in zip(judges.tone.classify(pictures[toned]), toned, strict=True):
+            for place, found in zip(toned, judges.tone.classify(pictures[toned]), strict=True):
                 asked = samples[wanted[place]].attributes["tone"]
-                record("tone", source, found == asked)
-                record("tone_within_one", source, abs(TONES.index(found) - TONES.index(asked)) <= 1)
-    report: dict[str, Any] = {"num_pictures": len(wanted), "chance": 1 / num_candidates}
-    for measure, by_source in verdicts.items():
-        report[measure] = {source: estimate_mean(values).to_dict() for source, values in by_source.items()}
-    return report
+                record("tone", source, place, found == asked)
+                record("tone_within_one", source, place, abs(TONES.index(found) - TONES.index(asked)) <= 1)
+    return verdicts
 
 
 def _hash(seed: int, name: str) -> bytes:
