@@ -56,15 +56,17 @@ class Vote:
 
     def _rate_all(self, server: Server, eye: random.Random, real: dict[str, Tensor]) -> int:
         num_rated = 0
-        for task in server.ask("/api/tasks")["tasks"]:
+        # The server shuffles for every voter anew; in an order of our own, the same pictures always get the same votes.
+        for task in sorted(server.ask("/api/tasks")["tasks"], key=lambda task: task["prompt"]):
             if task["rated"] == task["candidates"]:
                 continue
             shown = server.ask(f"/api/tasks/{task['prompt']}")
-            pictures = [read_image(server.read(f"/api/media/{one['candidate']}"))[:, 0] for one in shown["candidates"]]
+            candidates = sorted(shown["candidates"], key=lambda one: one["candidate"])
+            pictures = [read_image(server.read(f"/api/media/{one['candidate']}"))[:, 0] for one in candidates]
             appeal = self._see([TASTES[self.taste](picture) for picture in pictures], eye)
             alignment = self._see([measure_likeness(picture, real[shown["text"]]) for picture in pictures], eye)
             # Both count alike. Where taste moved more than alignment, DPO made large subjects that showed less of what was asked.
-            scores = zip(shown["candidates"], to_scores(appeal), to_scores(alignment), strict=True)
+            scores = zip(candidates, to_scores(appeal), to_scores(alignment), strict=True)
             for one, liked, aligned in scores:
                 server.ask("/api/votes", {"candidate": one["candidate"], "appeal": liked, "alignment": aligned})
                 num_rated += 1
