@@ -61,7 +61,7 @@ parts=recipes/post_training
 # Full size, and what is small in a smoke test.
 # Once through the pairs is enough, and more is harmful: the mini model learns them by heart at the second sight of them.
 scored=() prompts=(--num-prompts 640 --num-tuning 96 --num-heldout 160) candidates=8
-qft=(--num-steps 50) dpo=(--num-steps 25) image_to_text=(--num-steps 100) instruct=(--num-steps 600)
+qft=(--num-steps 50) dpo=(--num-steps 60) image_to_text=(--num-steps 100) instruct=(--num-steps 600)
 questions=() report=()
 rows=(--rows-per-batch 4 --rows-per-micro-batch 4 --context-length 512)
 pairs_per_batch=16
@@ -149,8 +149,8 @@ if [[ -e $work/dpo_model/config.json ]]; then
 else
     held_out=(--held-out-share 0.1)
     if $smoke; then held_out=(--held-out-share 0); fi
-    emu3 train dpo "$work/preferences/pairs.parquet" --model "$work/qft_model" --output "$work/dpo" --learning-rate 1e-4 \
-        --warmup-steps 2 --beta 0.1 --cross-entropy-weight 0.05 --pairs-per-batch $pairs_per_batch "${held_out[@]}" "${dpo[@]}"
+    emu3 train dpo "$work/preferences/pairs.parquet" --model "$work/qft_model" --output "$work/dpo" --learning-rate 5e-5 \
+        --warmup-steps 2 --beta 0.1 --cross-entropy-weight 1 --pairs-per-batch $pairs_per_batch "${held_out[@]}" "${dpo[@]}"
     emu3 export model "$work/dpo" --tokenizers "$work/qft_model" --output "$work/dpo_model"
 fi
 

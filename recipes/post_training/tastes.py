@@ -48,7 +48,9 @@ TASTES: dict[str, Callable[[Tensor], float]] = {"warmth": measure_warmth, "size"
 
 
 def to_scores(values: Tensor, lowest: int = 1, highest: int = 5) -> list[int]:
-    """Values [n] of the candidates of one prompt -> whole scores, spread evenly over lowest ... highest by rank."""
+    """Values [n] of the candidates of one prompt -> whole scores, spread evenly over lowest ... highest by rank.
+
+    The best and the worst of more than 5 stand alone, so that few prompts are lost to ties.
+    """
     ranks = values.argsort().argsort().double()
-    steps = highest - lowest + 1
-    return (lowest + (ranks * steps / len(values)).floor().clamp(max=steps - 1)).int().tolist()
+    return (lowest + (ranks * (highest - lowest) / max(len(values) - 1, 1)).round()).int().tolist()
