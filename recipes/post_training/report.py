@@ -59,7 +59,7 @@ class Report:
     """Parquet file of all real pictures."""
     base: str = "mini"
     """The model that the recipe began with."""
-    taste: Literal["warmth", "size", "calm"] = "size"
+    taste: Literal["warmth", "size"] = "size"
     """What the voters like."""
     num_seeds: int = 2
     """Pictures drawn of each prompt, for the win rate."""

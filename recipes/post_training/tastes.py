@@ -29,13 +29,6 @@ def measure_size(picture: Tensor) -> float:
     return float(find_subject(picture).float().mean())
 
 
-def measure_calm(picture: Tensor) -> float:
-    """How little single pixels stand out: minus the mean distance of each from the median of its 3 x 3 neighbours, -1 to 0."""
-    padded = torch.nn.functional.pad(picture[None], (1, 1, 1, 1), mode="replicate")
-    neighbours = torch.nn.functional.unfold(padded.transpose(0, 1), 3)  # [3, 9, H * W]
-    return -float((picture.flatten(1) - neighbours.median(1).values).abs().mean()) / 2
-
-
 def measure_likeness(picture: Tensor, other: Tensor) -> float:
     """A coarse eye for whether two pictures show the same: correlation of their grey levels at 8 x 8, -1 to 1."""
     small = [torch.nn.functional.adaptive_avg_pool2d(one.mean(0)[None], 8).flatten() for one in (picture, other)]
@@ -44,13 +37,13 @@ def measure_likeness(picture: Tensor, other: Tensor) -> float:
     return float(centred[0] @ centred[1] / norm) if norm > 0 else 0.0
 
 
-TASTES: dict[str, Callable[[Tensor], float]] = {"warmth": measure_warmth, "size": measure_size, "calm": measure_calm}
+TASTES: dict[str, Callable[[Tensor], float]] = {"warmth": measure_warmth, "size": measure_size}
 
 
 def to_scores(values: Tensor, lowest: int = 1, highest: int = 5) -> list[int]:
     """Values [n] of the candidates of one prompt -> whole scores, spread evenly over lowest ... highest by rank.
 
-    The best and the worst of more than 5 stand alone, so that few prompts are lost to ties.
+    The best and the worst of up to 8 stand alone, so that few prompts are lost to ties.
     """
     ranks = values.argsort().argsort().double()
     return (lowest + (ranks * (highest - lowest) / max(len(values) - 1, 1)).round()).int().tolist()

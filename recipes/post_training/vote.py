@@ -35,7 +35,7 @@ class Vote:
     """The database that it serves; only to invite voters."""
     samples: Path
     """Parquet file of the real pictures; a prompt is one of their captions."""
-    taste: Literal["warmth", "size", "calm"] = "size"
+    taste: Literal["warmth", "size"] = "size"
     """What they like."""
     num_voters: int = 3
     noise: float = 0.25
