@@ -59,7 +59,7 @@ images=$samples/images.parquet
 parts=recipes/post_training
 
 # Full size, and what is small in a smoke test.
-# Once through the pairs is enough, and more is harmful: the mini model learns them by heart at the second sight of them.
+# DPO is slow on purpose: faster, or longer, it follows the taste further and loses more of what was asked (docs/log.md).
 scored=() prompts=(--num-prompts 640 --num-tuning 96 --num-heldout 160) candidates=8
 qft=(--num-steps 50) dpo=(--num-steps 60) image_to_text=(--num-steps 100) instruct=(--num-steps 600)
 questions=() report=()

@@ -1,7 +1,7 @@
 """What post-training did to the mini model, in numbers and pictures: report.json and report.html, which needs nothing beside it.
 
 In: the model folders of the recipe (before, and after each stage), its prompts and questions. Out: the report. Everything is measured
-on prompts and pictures that no stage has learnt, in the same way before and after:
+on sentences that gave no pair and on pictures and questions that no stage has learnt, in the same way before and after:
 
 * quality tuning: the mean percentile rank of drawings among the scored pictures, by the scores that chose them
 * preferences: how often the drawing after DPO pleases the taste more than the one before it, same prompt, same seed (a tie is half a win);
@@ -61,7 +61,7 @@ class Report:
     """The model that the recipe began with."""
     taste: Literal["warmth", "size"] = "size"
     """What the voters like."""
-    num_seeds: int = 2
+    num_seeds: int = 3
     """Pictures drawn of each prompt, for the win rate."""
     temperature: float = 1.0
     """Of these drawings, as of the candidates that were voted on."""
@@ -274,7 +274,7 @@ def write_html(report: dict[str, Any], prompts: Sequence[str], names: Sequence[s
     )
     return f"""<!doctype html><html lang="en"><meta charset="utf-8"><title>Post-training of the mini model</title><style>{style}</style>
 <h1>Post-training of the mini model</h1>
-<p>Shares with 95 % bootstrap intervals; prompts, pictures and questions that no stage has learnt.</p>
+<p>Shares with 95 % bootstrap intervals; sentences that gave no pair, pictures and questions that no stage has learnt.</p>
 <h2>Quality tuning</h2><p>Mean percentile rank of drawings among the scored pictures ({", ".join(SCORES)}).</p>
 {table(["model", "rank"], quality)}
 <h2>Preferences</h2><p>Drawings after DPO against those before it, judged by {html.escape(preferences["taste"])}:
