@@ -1,6 +1,6 @@
 """Every benchmark of this folder, one after the other, each beside what people use now: what `make bench` runs.
 
-    python benchmarks/run.py            about a quarter of an hour on two quiet cores
+    python benchmarks/run.py            about 25 minutes on two quiet cores
     python benchmarks/run.py --quick    about five minutes, rough numbers
     python benchmarks/train_step.py     each of them alone, with all of its cases
 

@@ -205,7 +205,7 @@ class PreferenceRun:
             pairs = self._add_reference(pairs, digest, transformer, vocabulary, fingerprint, mesh)
             learnt, held_out = split_pairs(pairs, self.held_out_share)
             rank, dp = data_rank(mesh)
-            options = {"multiple": self._multiple, "dp": dp, "rank": rank}
+            options: dict[str, Any] = {"multiple": self._multiple, "dp": dp, "rank": rank}
             batches = PairBatches(learnt, vocabulary, self.pairs_per_batch, self.learn_structure, self.seed, replay=replay, **options)
 
             def validate() -> Iterator[PairBatch]:
