@@ -109,11 +109,12 @@ class Report:
             "image-to-text": self._measure_descriptions(samples, pixels),
             "instruction": self._measure_answers(),
         }
-        (self.work / "report.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+        suffix = "" if self.prompts == "heldout" else f"_{self.prompts}"  # so that neither report takes the other's place
+        (self.work / f"report{suffix}.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
         sheet = make_sheet([pixels[wanted[:MAX_SHOWN]], *shown])
-        (self.work / "report.html").write_text(write_html(report, prompts, list(drawings), sheet), encoding="utf-8")
-        sheet.save(self.work / "before_after.png")
-        print(self.work / "report.html")
+        (self.work / f"report{suffix}.html").write_text(write_html(report, prompts, list(drawings), sheet), encoding="utf-8")
+        sheet.save(self.work / f"before_after{suffix}.png")
+        print(self.work / f"report{suffix}.html")
         win = Estimate(**report["preferences"]["win rate"])
         print(f"win rate after DPO: {win.format(1, 100, ' %')}")
 

@@ -15,7 +15,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -76,30 +76,6 @@ def draw_samples(painter: Painter, samples: Sequence[Sample], language: str = "e
     return torch.cat([from_pil(pictures[0]) for pictures in drawn], dim=1).transpose(0, 1)
 
 
-def score_drawings(
-    drawn: Tensor,
-    reconstructed: Tensor,
-    wanted: Sequence[int],
-    samples: Sequence[Sample],
-    pixels: Tensor,
-    judges: Judges,
-    num_candidates: int = 50,
-    seed: int = 0,
-) -> dict[str, Any]:
-    """How many drawings are recognised.
-
-    drawn, reconstructed: pixels [M, 3, H, W]: drawn from the captions of the M wanted samples (by index), and those samples' own pictures
-        through the vision tokenizer.
-    Returns num_pictures, chance, and for every measure of `judge_drawings`: {"drawn": estimate, "ceiling": estimate}.
-    """
-    shown = {"drawn": drawn, "ceiling": reconstructed}
-    verdicts = judge_drawings(shown, wanted, samples, pixels, judges, num_candidates, seed)
-    report: dict[str, Any] = {"num_pictures": len(wanted), "chance": 1 / num_candidates}
-    for measure, by_source in verdicts.items():
-        report[measure] = {source: estimate_mean(list(found.values())).to_dict() for source, found in by_source.items()}
-    return report
-
-
 def judge_drawings(
     shown: Mapping[str, Tensor],
     wanted: Sequence[int],
@@ -149,6 +125,14 @@ def judge_drawings(
                 record("tone", source, place, found == asked)
                 record("tone_within_one", source, place, abs(TONES.index(found) - TONES.index(asked)) <= 1)
     return verdicts
+
+
+def score_drawings(verdicts: Mapping[str, Mapping[str, Mapping[int, bool]]]) -> dict[str, dict[str, dict[str, float]]]:
+    """Of what `judge_drawings` found: measure -> source -> share of right pictures, with its interval."""
+    return {
+        measure: {source: estimate_mean([float(right) for right in found.values()]).to_dict() for source, found in by_source.items()}
+        for measure, by_source in verdicts.items()
+    }
 
 
 def _hash(seed: int, name: str) -> bytes:

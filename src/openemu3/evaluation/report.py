@@ -20,7 +20,7 @@ from torch import Tensor
 
 from openemu3.data.samples import read_samples
 from openemu3.evaluation.classifiers import train_classifier
-from openemu3.evaluation.image_generation import Judges, draw_samples, score_drawings
+from openemu3.evaluation.image_generation import Judges, draw_samples, judge_drawings, score_drawings
 from openemu3.evaluation.intervals import Estimate
 from openemu3.evaluation.reconstruction import Progress, ReconstructionScores, RunningMean
 from openemu3.evaluation.understanding import CaptionParser, describe_pictures, score_descriptions, stack_pictures
@@ -88,9 +88,13 @@ def run_report(emu3: Emu3, config: ReportConfig, progress: Progress | None = Non
         stages.begin(f"drawing: {name}")
         drawn = draw_samples(emu3, wanted, config.language, config.seed)
         rebuilt = reconstruct(emu3, shown)
-        report["text_to_picture"][name] = score_drawings(
-            drawn, rebuilt, indices, samples, pixels, judges, config.num_candidates, config.seed
-        )
+        sources = {"drawn": drawn, "ceiling": rebuilt}
+        verdicts = judge_drawings(sources, indices, samples, pixels, judges, config.num_candidates, config.seed)
+        report["text_to_picture"][name] = {
+            "num_pictures": len(indices),
+            "chance": 1 / config.num_candidates,
+            **score_drawings(verdicts),
+        }
         if config.sheets is not None:
             write_sheet(config.sheets / f"{name.replace(' ', '_')}.png", shown, drawn)
         stages.begin(f"describing: {name}")
