@@ -154,6 +154,39 @@ def test_every_reason_to_drop_a_prompt(store, tmp_path):
     assert (pairs["disputed"].chosen_score, pairs["disputed"].rejected_score) == (pytest.approx(11 / 3), pytest.approx(7 / 3))
 
 
+def test_more_pairs_of_one_prompt(store, tmp_path):
+    """Second best and second worst, and so on inwards, as long as one is liked more than the other."""
+    store.add_candidates(make_prompt("six"), [make_candidate(key) for key in range(70, 76)])
+    for name in ("Ann", "Bea", "Cid"):
+        vote(store, name, 70, (5, 5), (1, 2), (3, 3), (4, 5), (1, 1), (3, 3))
+    path = tmp_path / "pairs.parquet"
+
+    def select(number, keep_ties):
+        report = select_pairs(path, store, PairsConfig(min_agreement=-1, keep_ties=keep_ties, pairs_per_prompt=number))
+        assert report.num_prompts == 3 and sum(report.dropped.values()) == 2 and report.num_ties_kept == 0
+        pairs = read_pairs(path)
+        assert report.num_pairs == len(pairs)
+        return [(pair.chosen_ids[0], pair.rejected_ids[0], pair.chosen_score, pair.rejected_score) for pair in pairs]
+
+    assert select(1, False) == [(170, 174, 5, 1)]
+    two = [(170, 174, 5, 1), (173, 171, 4.5, 1.5)]
+    assert select(2, False) == two
+    assert select(9, False) == two and select(9, True) == two  # the two in the middle are liked alike
+
+
+def test_ties_among_several_pairs(store, tmp_path):
+    """Each pair is dropped, or its tie broken by the keys, for itself; nobody is on both sides."""
+    store.add_candidates(make_prompt("tied"), [make_candidate(key) for key in range(70, 76)])
+    for name in ("Ann", "Bea", "Cid"):
+        vote(store, name, 70, (4, 4), (5, 5), (2, 2), (4, 4), (1, 1), (1, 1))
+    path = tmp_path / "pairs.parquet"
+    report = select_pairs(path, store, PairsConfig(keep_ties=True, pairs_per_prompt=3))
+    assert [(pair.chosen_ids[0], pair.rejected_ids[0]) for pair in read_pairs(path)] == [(171, 174), (170, 175), (173, 172)]
+    assert (report.num_pairs, report.num_ties_kept) == (3, 3)
+    with pytest.raises(InputError, match="1 tie"):
+        select_pairs(path, store, PairsConfig(pairs_per_prompt=3))
+
+
 def test_a_removed_candidate_is_in_no_pair(store, tmp_path):
     for name in ("Ann", "Bea", "Cid"):
         vote(store, name, 0, (5, 5), (1, 1), (2, 2), (3, 3))
@@ -169,7 +202,7 @@ def test_no_pair_at_all_is_an_error_and_no_file(store, tmp_path):
     assert not [path for path in tmp_path.iterdir() if "pairs" in path.name]
 
 
-@pytest.mark.parametrize("wrong", [{"min_voters": 0}, {"min_agreement": 2.0}, {"min_agreement": float("nan")}])
+@pytest.mark.parametrize("wrong", [{"min_voters": 0}, {"min_agreement": 2.0}, {"min_agreement": float("nan")}, {"pairs_per_prompt": 0}])
 def test_rules_that_are_none(wrong):
     with pytest.raises(InputError, match=next(iter(wrong))):
         PairsConfig(**wrong)

@@ -63,7 +63,8 @@ def train(folder: Path, case: str) -> None:
         scorer = Scorer(transformer, "fp32", ContextSplit(MODEL, mesh), mesh)
         pairs = compute_reference(scorer, make_pairs(), VOCABULARY, pairs_per_rank=2, multiple=8)
         rank, dp = data_rank(mesh)
-        batches = PairBatches(pairs, VOCABULARY, 2, multiple=8, dp=dp, rank=rank)
+        replay = [np.concatenate((pair.prompt_ids, pair.chosen_ids)) for pair in pairs[::2]]
+        batches = PairBatches(pairs, VOCABULARY, 2, multiple=8, dp=dp, rank=rank, replay=replay)
         held_out = PairBatches(pairs[:4], VOCABULARY, 4, multiple=8, dp=dp, rank=rank)
         optimizer = OptimizerConfig(3e-3, 10, 0, schedule="constant", weight_decay=0.0, eps=1e-4)
         config = PreferenceLearnerConfig(optimizer, PreferenceObjectiveConfig(0.2, 0.5), "fp32")

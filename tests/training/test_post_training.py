@@ -18,12 +18,13 @@ from openemu3.model.weights import load_state
 from openemu3.records import Document, Image, InputError, Text, Video
 from openemu3.tokenization.encode import EncodedDocument
 from openemu3.tokenization.sequence import Turn
-from openemu3.training.export import compute_fingerprint, export_model, load_tokenizers, load_weights
+from openemu3.training.export import compute_fingerprint, export_model, load_tokenizers, load_weights, read_vocabulary
 from openemu3.training.language_learner import RoleWeights
 from openemu3.training.lora import LoraConfig, load_adapter, save_adapter
 from openemu3.training.post_training import (
     QUALITY_WEIGHTS,
     UNDERSTANDING_WEIGHTS,
+    Replay,
     build_image_to_text_run,
     build_instruction_run,
     build_preference_run,
@@ -247,9 +248,26 @@ def test_references_are_computed_once_kept_and_checked(model, pairs, tmp_path, c
     assert read_reference(tmp_path / "five" / "pairs.parquet") not in (None, digest)
 
 
-def test_a_run_that_was_stopped_ends_as_if_nothing_had_happened(model, pairs, tmp_path):
-    whole = make_run(model, pairs, tmp_path / "whole", 6).run()
-    run = make_run(model, pairs, tmp_path / "parts", 6)
+def test_documents_are_replayed_beside_the_pairs(model, data, pairs, tmp_path):
+    make_run(model, pairs, tmp_path / "dpo", 12, replay=(data / "documents.parquet",)).run()
+    rows = read_rows(tmp_path / "dpo")
+    learnt = [row["replay_cross_entropy"] for row in rows if "grad_norm" in row]
+    assert min(learnt[-3:]) < learnt[0] and "validation/replay_cross_entropy" not in rows[-1]
+    replay = Replay.open((data / "documents.parquet",), compute_fingerprint(model), 128)
+    vocabulary = read_vocabulary(model)
+    for ids in replay:  # prompts first: nothing that is described
+        assert ids[0] == vocabulary.bos and ids[1] != vocabulary.boi and ids[-1] == vocabulary.eos
+    shortest = min(map(len, replay))
+    assert {len(ids) for ids in Replay.open((data / "documents.parquet",), compute_fingerprint(model), shortest)} == {shortest}
+    with pytest.raises(InputError, match=f"has nothing to replay; documents that draw or film in at most {shortest - 1} tokens are needed"):
+        Replay.open((data / "documents.parquet",), compute_fingerprint(model), shortest - 1)
+
+
+@pytest.mark.parametrize("replays", [False, True])
+def test_a_run_that_was_stopped_ends_as_if_nothing_had_happened(model, data, pairs, tmp_path, replays):
+    replay = (data / "documents.parquet",) if replays else ()
+    whole = make_run(model, pairs, tmp_path / "whole", 6, replay=replay).run()
+    run = make_run(model, pairs, tmp_path / "parts", 6, replay=replay)
     half = dataclasses.replace(run, trainer=dataclasses.replace(run.trainer, num_steps=3))
     half.run()
     resumed = run.run()
@@ -338,11 +356,12 @@ def test_pairs_are_learnt_by_the_command(model, pairs, tmp_path, capsys):
     answer = run_command(capsys, *dpo, *SMALL)
     assert answer["steps"] == 2 and 0 <= answer["validation/accuracy"] <= 1
     described = json.loads((output / "run.json").read_text())
-    assert described["learner"]["objective"] == {"beta": 0.5, "cross_entropy_weight": 1.0, "length_normalised": False}
+    assert described["learner"]["objective"] == {"beta": 0.5, "cross_entropy_weight": 1.0, "length_normalised": False, "replay_weight": 1.0}
     for wrong, message in (
         (("--beta", "0"), "beta is 0"),
         (("--validation-split", "x"), "pairs have no splits"),
         (("--pairs-per-batch", "99"), "pairs_per_batch is 99"),
+        (("--replay", str(tmp_path / "nowhere")), "nowhere"),
     ):
         assert main([*map(str, dpo), *map(str, SMALL), *wrong]) == 2
         assert message in capsys.readouterr().err

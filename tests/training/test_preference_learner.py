@@ -94,6 +94,18 @@ def test_loss_by_hand():
     assert averaged.loss.item() == pytest.approx(sum(math.log1p(math.exp(-0.1 * d)) for d in differences), rel=1e-6)
 
 
+def test_loss_of_replayed_documents_by_hand():
+    """Beside pairs whose DPO loss is log 2, documents of 4 and 8 codes at 2 and 0.5 nats each, at weight 3."""
+    policy = torch.tensor([[-10.0, -20.0], [-13.0, -31.0], [-8.0, -4.0]])
+    lengths = torch.tensor([[5, 7], [6, 10], [4, 8]])
+    result = compute_preference_loss(policy, policy[:2], lengths, dataclasses.replace(PLAIN, replay_weight=3.0))
+    assert result.loss.item() == pytest.approx(2 * math.log(2) + 3 * (2.0 + 0.5), rel=1e-6)
+    torch.testing.assert_close(result.replayed, torch.tensor([2.0, 0.5]))
+    assert compute_preference_loss(policy[:2], policy[:2], lengths[:2], PLAIN).replayed.tolist() == [0, 0]
+    with pytest.raises(InputError, match="replay_weight is 0"):
+        PreferenceObjectiveConfig(replay_weight=0)
+
+
 @pytest.mark.parametrize("length_normalised", [False, True])
 @pytest.mark.parametrize("weight", [0.0, 0.7])
 def test_loss_and_gradient_are_those_of_trl(length_normalised, weight):
@@ -223,6 +235,39 @@ def test_ranks_divide_every_batch_among_them():
         assert torch.cat((one.lengths, other.lengths), 1).equal(expected.lengths)
 
 
+def make_documents(number):
+    """Captions of several lengths, then six codes, and what ends a picture."""
+    pairs = make_pairs(number, seed=9, prompts=5)
+    return [np.concatenate((pair.prompt_ids, pair.chosen_ids)).astype(np.uint32) for pair in pairs]
+
+
+def test_codes_of_replayed_documents_count_and_each_has_its_turn():
+    pairs, documents = make_pairs(7), make_documents(5)
+    batches = PairBatches(pairs, VOCABULARY, 2, seed=5, replay=documents)
+    source = batches(0)
+    seen = [next(source) for _ in range(7)]
+    plain = PairBatches(pairs, VOCABULARY, 2, seed=5)(0)
+    numbers = {tuple(ids): number for number, ids in enumerate(documents)}
+    replayed = []
+    for batch in seen:
+        expected = next(plain)
+        width = expected.token_ids.shape[1]
+        assert batch.token_ids[:4, :width].equal(expected.token_ids) and batch.lengths[:2].equal(expected.lengths)
+        for row, counted in zip(batch.token_ids[4:], batch.counted[4:], strict=True):
+            ids = row[row != VOCABULARY.pad]
+            replayed.append(numbers[tuple(ids.tolist())])
+            assert row[counted].equal(ids[ids >= VOCABULARY.visual_offset]) and counted.sum() == 6
+    assert sorted(replayed[:5]) == sorted(replayed[5:10]) == list(range(5)) and replayed[:5] != replayed[5:10]
+    resumed = batches(4)
+    assert all(next(resumed).token_ids.equal(batch.token_ids) for batch in seen[4:])
+    halves = [PairBatches(pairs, VOCABULARY, 2, seed=5, dp=2, rank=rank, replay=documents)(0) for rank in (0, 1)]
+    for batch in seen[:3]:
+        one, other = (next(half) for half in halves)
+        assert torch.cat((one.counted[2].nonzero(), other.counted[2].nonzero())).equal(
+            torch.cat((batch.counted[4].nonzero(), batch.counted[5].nonzero()))
+        )
+
+
 # -- the learner -------------------------------------------------------------------------------------------------------------------
 
 
@@ -232,25 +277,30 @@ def transformer(transformer_config):
 
 
 @pytest.mark.parametrize("length_normalised", [False, True])
-def test_gradient_is_that_of_the_whole_network(transformer, length_normalised):
+@pytest.mark.parametrize("replays", [False, True])
+def test_gradient_is_that_of_the_whole_network(transformer, length_normalised, replays):
     """The learner weighs a cross-entropy; autograd here goes through log-softmax, sums, log-ratios and the loss."""
     pairs = [with_reference(pair, -30.0 - index, -29.0) for index, pair in enumerate(make_pairs(4))]
-    objective = PreferenceObjectiveConfig(0.2, 0.6, length_normalised)
+    documents = make_documents(4) if replays else []
+    objective = PreferenceObjectiveConfig(0.2, 0.6, length_normalised, replay_weight=0.4)
     plain = copy.deepcopy(transformer).eval()
-    batch = stack(pairs)
+    batch = stack(pairs, replayed=documents)
     logits = plain.compute_logits(plain(batch.token_ids, CausalAttention()))[:, :-1]
     tokens = logits.log_softmax(-1).gather(-1, batch.token_ids[:, 1:, None]).squeeze(-1)
-    policy = (tokens * batch.counted[:, 1:]).sum(1).view(2, -1)
-    log_ratios = policy - batch.reference
-    lengths = batch.counted.sum(1).view(2, -1)
+    policy = (tokens * batch.counted[:, 1:]).sum(1).view(-1, 4)
+    log_ratios = policy[:2] - batch.reference
+    lengths = batch.counted.sum(1).view(-1, 4)
     if length_normalised:
-        log_ratios = log_ratios / lengths
+        log_ratios = log_ratios / lengths[:2]
     loss = -F.logsigmoid(0.2 * (log_ratios[0] - log_ratios[1])).mean() - 0.6 * (policy[0] / lengths[0]).mean()
+    if replays:
+        loss = loss - 0.4 * (policy[2] / lengths[2]).mean()
     loss.backward()
     norm = torch.nn.utils.get_total_norm([p.grad for p in plain.parameters()])
 
     learner = make_learner(transformer, objective)
-    metrics = learner.learn(0, [stack(pairs[:3]), stack(pairs[3:])])
+    metrics = learner.learn(0, [stack(pairs[:3], replayed=documents[:3]), stack(pairs[3:], replayed=documents[3:])])
+    assert ("replay_cross_entropy" in metrics) == replays
     assert metrics["loss"] == pytest.approx(loss.item(), rel=1e-5)
     assert metrics["grad_norm"] == pytest.approx(norm.item(), rel=1e-4)
     torch.nn.utils.clip_grad_norm_(plain.parameters(), 5.0)

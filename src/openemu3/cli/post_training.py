@@ -182,6 +182,11 @@ class TrainPreferences:
     """Weight of the next-token cross-entropy on the chosen completion, averaged over its tokens; 0 for DPO alone."""
     length_normalised: bool = False
     """Divide each completion's log-probability by its number of tokens."""
+    replay: Files = ()
+    """Documents to learn beside the pairs, such as those of quality tuning, so that the model keeps what it knew: as many that draw or film
+    as there are pairs, in every step."""
+    replay_weight: float = 1.0
+    """Weight of their cross-entropy, averaged over the codes of each."""
     learn_structure: bool = False
     """Count the ends of rows, frames and media, too, which decoding forces."""
     pairs_per_batch: int = 4
@@ -214,7 +219,7 @@ class TrainPreferences:
                 )
         init_from, tokenizers = StageOptions(self.model, self.tokenizers).find_folders()
         run = self.training.apply(build_preference_run(init_from, tokenizers, self.pairs, self.output, **self.training.count_steps()))
-        objective = PreferenceObjectiveConfig(self.beta, self.cross_entropy_weight, self.length_normalised)
+        objective = PreferenceObjectiveConfig(self.beta, self.cross_entropy_weight, self.length_normalised, self.replay_weight)
         run = replace(
             run,
             trainer=replace(run.trainer, micro_batches=self.micro_batches),
@@ -224,6 +229,7 @@ class TrainPreferences:
             held_out_share=self.held_out_share,
             learn_structure=self.learn_structure,
             check_reference=self.check_reference,
+            replay=self.replay,
             lora=self.lora.build(self.training.seed),
         )
         report_training(self.json, self.output, run.run)

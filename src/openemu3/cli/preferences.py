@@ -177,7 +177,9 @@ class WritePairs:
     min_agreement: float = 0.0
     """Krippendorff's alpha among them, at least: 1 is perfect agreement, 0 is chance."""
     keep_ties: bool = False
-    """Where several candidates share the highest or lowest score, take one of them instead of dropping the prompt."""
+    """Where several candidates share the score of one that would be chosen or rejected, take one of them instead of dropping the pair."""
+    pairs_per_prompt: int = 1
+    """At most: 2 pairs the second best with the second worst, too, and so on."""
     json: Json = False
 
     def run(self) -> None:
@@ -185,7 +187,8 @@ class WritePairs:
         with open_database(self.database) as store:
             with explain_missing():
                 from openemu3.preferences.selection import PairsConfig, select_pairs
-            report = select_pairs(self.output, store, PairsConfig(self.min_voters, self.min_agreement, self.keep_ties))
+            config = PairsConfig(self.min_voters, self.min_agreement, self.keep_ties, self.pairs_per_prompt)
+            report = select_pairs(self.output, store, config)
         if self.json:
             print_answer(True, "", {"file": str(self.output), **asdict(report)})
             return

@@ -1,4 +1,5 @@
-"""From votes to pairs: the best-liked candidate of each prompt becomes "chosen", the least-liked one "rejected".
+"""From votes to pairs: the best-liked candidate of each prompt becomes "chosen", the least-liked one "rejected"; the second best and the
+second worst may make another pair, and so on inwards.
 
 In: the database of candidates and votes. Out: a Parquet file of pairs with the sampled token ids, and a report of what was dropped and
 why. The surprising thing: only voters who rated every candidate of a prompt on both aspects count for it. A mean over other voters for
@@ -48,27 +49,32 @@ class PairsConfig:
     Args:
         min_voters: who must have rated all its candidates, at least.
         min_agreement: Krippendorff's alpha among them on the sum of both aspects, at least. Not asked of a single voter.
-        keep_ties: where several candidates share the highest or the lowest score, take one of them (by its key, which says nothing
-            about it) instead of dropping the prompt.
+        keep_ties: where another candidate has the score of one that would be chosen or rejected, take one of them (by its key, which
+            says nothing about it) instead of dropping the pair.
+        pairs_per_prompt: at most. The paper's is 1: the highest and the lowest score.
     """
 
     min_voters: int = 3
     min_agreement: float = 0.0
     keep_ties: bool = False
+    pairs_per_prompt: int = 1
 
     def __post_init__(self) -> None:
         if self.min_voters < 1:
             raise InputError(f"min_voters is {self.min_voters}; at least 1 is allowed")
         if not -1 <= self.min_agreement <= 1:
             raise InputError(f"min_agreement is {self.min_agreement}; -1 to 1 is allowed")
+        if self.pairs_per_prompt < 1:
+            raise InputError(f"pairs_per_prompt is {self.pairs_per_prompt}; at least 1 is allowed")
 
 
 @dataclass(frozen=True)
 class PairsReport:
-    """What became of the prompts: num_prompts = num_pairs + sum(dropped).
+    """What became of the prompts: num_prompts = those that give pairs + sum(dropped).
 
     Args:
-        dropped: how many prompts for each of REASONS.
+        num_pairs: of all prompts; as many as prompts that give pairs if each gives one.
+        dropped: how many prompts give no pair, for each of REASONS.
         dropped_prompts: {"prompt", "kind", "reason"} of each of them.
         num_ties_kept: pairs that keep_ties let through.
         num_votes, num_incomplete_votes: votes with both scores, and with one of them.
@@ -108,14 +114,14 @@ def select_pairs(path: Path, store: Store, config: PairsConfig = PairsConfig()) 
                 voters[name] += complete
             for aspect in ASPECTS:
                 tables[aspect].append(count_scores(ballot, aspect))
-            found = choose_pair(ballot, config)
+            found = choose_pairs(ballot, config)
             if isinstance(found, str):
                 dropped[found] += 1
                 dropped_prompts.append({"prompt": ballot.prompt.text, "kind": ballot.prompt.kind, "reason": found})
                 continue
-            pair, was_tie = found
-            counts["ties"] += was_tie
-            yield pair
+            for pair, was_tie in found:
+                counts["ties"] += was_tie
+                yield pair
         if len(dropped_prompts) == counts["prompts"]:
             reasons = ", ".join(f"{number} {reason}" for reason, number in dropped.items()) or "the database is empty"
             raise InputError(f"none of {counts['prompts']} prompts gives a pair ({reasons}); more votes, or looser rules, are needed")
@@ -134,33 +140,39 @@ def select_pairs(path: Path, store: Store, config: PairsConfig = PairsConfig()) 
     )
 
 
-def choose_pair(ballot: Ballot, config: PairsConfig) -> tuple[PreferencePair, bool] | Reason:
-    """The pair of one prompt and whether a tie was broken for it; or why there is none."""
+def choose_pairs(ballot: Ballot, config: PairsConfig) -> list[tuple[PreferencePair, bool]] | Reason:
+    """The pairs of one prompt, and whether a tie was broken for each; or why there is none, which is what the first of them failed by."""
     keys = [candidate.key for candidate in ballot.candidates]
     if len(keys) < 2:
         return "one candidate"
     sums = np.array([row for votes in ballot.votes.values() if (row := _sum_aspects(votes, keys)) is not None])  # [voters, candidates]
     if len(sums) < config.min_voters:
         return "too few voters"
-    totals = sums.sum(axis=0)  # whole numbers, so that equal means are equal
-    best, worst = totals.max(), totals.min()
-    if best == worst:
+    totals = sums.sum(axis=0).tolist()  # whole numbers, so that equal means are equal
+    if min(totals) == max(totals):
         return "all alike"
     agreement = compute_agreement(_count_values(sums, 2 * MIN_SCORE, 2 * MAX_SCORE))
     if agreement is not None and agreement < config.min_agreement:
         return "low agreement"
-    is_tie = (totals == best).sum() > 1 or (totals == worst).sum() > 1
-    if is_tie and not config.keep_ties:
-        return "tie"
-    first = sorted(range(len(keys)), key=lambda index: keys[index])
-    chosen, rejected = (next(index for index in first if totals[index] == total) for total in (best, worst))
-    ids = [candidate.token_ids for candidate in ballot.candidates]
-    if np.array_equal(ids[chosen], ids[rejected]):
-        return "same tokens"
+    best = sorted(range(len(keys)), key=lambda index: (-totals[index], keys[index]))
+    worst = sorted(range(len(keys)), key=lambda index: (totals[index], keys[index]))
     scale = len(ASPECTS) * len(sums)
     prompt = ballot.prompt
-    pair = PreferencePair(prompt.text, prompt.token_ids, ids[chosen], ids[rejected], prompt.kind, float(best / scale), float(worst / scale))
-    return pair, bool(is_tie)
+    pairs: list[tuple[PreferencePair, bool]] = []
+    reasons: list[Reason] = []
+    for chosen, rejected in list(zip(best, worst, strict=True))[: config.pairs_per_prompt]:
+        if totals[chosen] <= totals[rejected]:
+            break  # the middle is reached; until here no candidate can have been on both sides
+        is_tie = totals.count(totals[chosen]) > 1 or totals.count(totals[rejected]) > 1
+        chosen_ids, rejected_ids = (ballot.candidates[index].token_ids for index in (chosen, rejected))
+        if is_tie and not config.keep_ties:
+            reasons.append("tie")
+        elif np.array_equal(chosen_ids, rejected_ids):
+            reasons.append("same tokens")
+        else:
+            scores = totals[chosen] / scale, totals[rejected] / scale
+            pairs.append((PreferencePair(prompt.text, prompt.token_ids, chosen_ids, rejected_ids, prompt.kind, *scores), is_tie))
+    return pairs or reasons[0]
 
 
 def count_scores(ballot: Ballot, aspect: str) -> NDArray[np.int64]:

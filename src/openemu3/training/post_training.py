@@ -10,16 +10,20 @@ prompt for 5 % of the drawings.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
 from rich.console import Console
 from torch.distributed.device_mesh import DeviceMesh
 
-from openemu3.data.loader import LoaderConfig
+from openemu3.data.loader import GENERATING, LoaderConfig
 from openemu3.data.mixture import MixtureConfig
 from openemu3.data.pairs import PreferencePair, read_pairs, read_reference, split_pairs, write_pairs
+from openemu3.data.shards import DocumentStore
 from openemu3.distributed import ParallelConfig, data_rank, distributed_run, is_first
 from openemu3.model.context_parallel import ContextSplit
 from openemu3.model.transformer import Transformer, TransformerConfig
@@ -126,6 +130,31 @@ def _build_run(
     )
 
 
+class Replay(Sequence[NDArray[np.uint32]]):
+    """Token ids of those documents of a store that draw or film and fit a row of `max_tokens`."""
+
+    def __init__(self, store: DocumentStore, max_tokens: int) -> None:
+        generating = [index for index, source in enumerate(store.sources) if source in GENERATING]
+        self.store = store
+        self.documents = np.flatnonzero(np.isin(store.source_of, generating) & (store.num_vision > 0) & (store.lengths <= max_tokens))
+
+    @classmethod
+    def open(cls, paths: tuple[Path, ...], fingerprint: str, max_tokens: int) -> Replay:
+        """Documents of the training split. Raises InputError if none can be replayed."""
+        found = cls(DocumentStore(paths, {"train"}, fingerprint), max_tokens)
+        if not len(found):
+            raise InputError(
+                f"{', '.join(map(str, paths))} has nothing to replay; documents that draw or film in at most {max_tokens} tokens are needed"
+            )
+        return found
+
+    def __len__(self) -> int:
+        return len(self.documents)
+
+    def __getitem__(self, number: Any) -> Any:
+        return self.store.read(int(self.documents[number]))[0]
+
+
 @dataclass(frozen=True)
 class PreferenceRun:
     """DPO on preference pairs, from a model that is its own reference.
@@ -138,6 +167,8 @@ class PreferenceRun:
         held_out_share: part of the prompts that are measured on instead of learnt.
         learn_structure: see PairBatches.
         check_reference: compute the stored log-probabilities again, and refuse to train where they differ.
+        replay: documents of an earlier stage; as many of those that draw or film as there are pairs are learnt beside them in every step,
+            so that the model keeps what it knew (Ouyang et al. 2022, section 3.5, mix pre-training in for the same reason).
     """
 
     tokenizers: Path
@@ -151,6 +182,7 @@ class PreferenceRun:
     held_out_share: float = 0.1
     learn_structure: bool = False
     check_reference: bool = False
+    replay: tuple[Path, ...] = ()
     lora: LoraConfig | None = None
     seed: int = 0
     device: str = "cpu"
@@ -164,6 +196,7 @@ class PreferenceRun:
         fingerprint = compute_fingerprint(self.tokenizers)
         pairs = read_pairs(self.pairs, fingerprint)
         self._check_lengths(pairs)
+        replay = Replay.open(self.replay, fingerprint, self.transformer.max_positions) if self.replay else ()
         with distributed_run(self.parallel, self.device) as mesh:
             weights = open_weights(self.init_from, fingerprint)
             precision = self.learner.precision
@@ -172,8 +205,8 @@ class PreferenceRun:
             pairs = self._add_reference(pairs, digest, transformer, vocabulary, fingerprint, mesh)
             learnt, held_out = split_pairs(pairs, self.held_out_share)
             rank, dp = data_rank(mesh)
-            options = {"multiple": self._multiple, "dp": dp, "rank": rank}
-            batches = PairBatches(learnt, vocabulary, self.pairs_per_batch, self.learn_structure, self.seed, **options)
+            options: dict[str, Any] = {"multiple": self._multiple, "dp": dp, "rank": rank}
+            batches = PairBatches(learnt, vocabulary, self.pairs_per_batch, self.learn_structure, self.seed, replay=replay, **options)
 
             def validate() -> Iterator[PairBatch]:
                 per_batch = min(self.pairs_per_batch, len(held_out) // dp * dp)

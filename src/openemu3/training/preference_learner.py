@@ -7,9 +7,10 @@ cross-entropy in which every token of a completion weighs the derivative of the 
 
 With s(y) = log p_policy(y | prompt) - log p_reference(y | prompt), summed over the tokens that count, a pair's loss is
     -log sigmoid(beta (s(chosen) - s(rejected))) + weight * (-log p_policy(chosen | prompt) / number of its tokens).
+Beside every pair a document of an earlier stage may be replayed, with its own cross-entropy, so that the model keeps what it knew.
 
-Shapes: P pairs, 2P rows (the chosen completions, then the rejected ones), S tokens, D model width, N tokens that count (of this rank's
-part of the rows, where context parallelism divides them).
+Shapes: P pairs, R rows (2P: the chosen completions, then the rejected ones; 3P with replayed documents after them), S tokens, D model
+width, N tokens that count (of this rank's part of the rows, where context parallelism divides them).
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ import json
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import lru_cache
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -26,6 +28,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from numpy.typing import NDArray
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
@@ -60,37 +63,47 @@ class PreferenceObjectiveConfig:
     cross_entropy_weight: float = 1.0
     # Divide each completion's log-probabilities by its number of tokens, as the third party's DPO of Emu3 does; the original DPO does not.
     length_normalised: bool = False
+    # Of the cross-entropy of a replayed document, averaged over its codes, where documents are replayed. That of Ouyang et al. 2022
+    # (arXiv 2203.02155, eq. 2) cannot be carried over, since their objective has another scale.
+    replay_weight: float = 1.0
 
     def __post_init__(self) -> None:
         if not 0 < self.beta < float("inf"):
             raise InputError(f"beta is {self.beta}; a number above 0 is allowed")
         if not 0 <= self.cross_entropy_weight < float("inf"):
             raise InputError(f"cross_entropy_weight is {self.cross_entropy_weight}; 0 or more is allowed")
+        if not 0 < self.replay_weight < float("inf"):
+            raise InputError(f"replay_weight is {self.replay_weight}; a number above 0 is allowed")
 
 
 class PreferenceLoss(NamedTuple):
-    """loss: sum over pairs []; weight: number of pairs; rewards [2, P]: beta times log-ratio; cross_entropy [P]: of chosen, per token."""
+    """loss: sum over pairs []; weight: number of pairs; rewards [2, P]: beta times log-ratio; cross_entropy [P]: of chosen, per token;
+    replayed [P]: of replayed documents, per token, 0 without them."""
 
     loss: Tensor
     weight: float
     rewards: Tensor
     cross_entropy: Tensor
+    replayed: Tensor
 
 
 def compute_preference_loss(policy: Tensor, reference: Tensor, lengths: Tensor, config: PreferenceObjectiveConfig) -> PreferenceLoss:
-    """DPO and next-token cross-entropy on the chosen completion, as sums over pairs.
+    """DPO and next-token cross-entropy on the chosen completion, and on replayed documents, as sums over pairs.
 
     Args:
-        policy, reference: [2, P], log-probability of each completion in nats, summed over its tokens; row 0 chosen, row 1 rejected.
-        lengths: [2, P], how many tokens those sums are over, each at least 1.
+        policy: [2 or 3, P], log-probability of each completion in nats, summed over its tokens; row 0 chosen, row 1 rejected, row 2, if
+            there is one, the replayed documents.
+        reference: [2, P], of the completions.
+        lengths: as policy, how many tokens those sums are over, each at least 1.
     """
-    log_ratios = policy - reference
+    log_ratios = policy[:2] - reference
     if config.length_normalised:
-        log_ratios = log_ratios / lengths
+        log_ratios = log_ratios / lengths[:2]
     rewards = config.beta * log_ratios
     cross_entropy = -policy[0] / lengths[0]
-    losses = -F.logsigmoid(rewards[0] - rewards[1]) + config.cross_entropy_weight * cross_entropy
-    return PreferenceLoss(losses.sum(), float(policy.shape[1]), rewards.detach(), cross_entropy.detach())
+    replayed = -(policy[2:] / lengths[2:]).sum(0)  # zeros if nothing is replayed
+    losses = -F.logsigmoid(rewards[0] - rewards[1]) + config.cross_entropy_weight * cross_entropy + config.replay_weight * replayed
+    return PreferenceLoss(losses.sum(), float(policy.shape[1]), rewards.detach(), cross_entropy.detach(), replayed.detach())
 
 
 # -- batches -----------------------------------------------------------------------------------------------------------------------
@@ -98,10 +111,10 @@ def compute_preference_loss(policy: Tensor, reference: Tensor, lengths: Tensor, 
 
 @dataclass(frozen=True)
 class PairBatch:
-    """P pairs as 2P rows, chosen completions first.
+    """P pairs as R rows: chosen completions, rejected ones and, if there are any, P replayed documents.
 
-    token_ids: int64 [2P, S], prompt and completion, padded on the right. counted: bool [2P, S], tokens whose log-probability counts.
-    documents: int32 [2P, S], 0 for tokens and 1 for padding. reference: float64 [2, P], sums of log-probabilities under the reference; NaN
+    token_ids: int64 [R, S], prompt and completion, padded on the right. counted: bool [R, S], tokens whose log-probability counts.
+    documents: int32 [R, S], 0 for tokens and 1 for padding. reference: float64 [2, P], sums of log-probabilities under the reference; NaN
     where they have not been computed.
     """
 
@@ -112,8 +125,12 @@ class PairBatch:
 
     @property
     def lengths(self) -> Tensor:
-        """How many tokens count, [2, P]."""
-        return self.counted.sum(1).view(2, -1)
+        """How many tokens count, [2 or 3, P]."""
+        return self.by_pair(self.counted.sum(1))
+
+    def by_pair(self, values: Tensor) -> Tensor:
+        """Values of the rows [R] -> [2 or 3, P]."""
+        return values.view(-1, self.reference.shape[1])
 
 
 @dataclass(frozen=True)
@@ -126,6 +143,8 @@ class PairBatches:
             tell nothing about what a model prefers.
         multiple: row lengths are multiples of this, for context parallelism.
         dp, rank: this rank reads part `rank` of every micro-batch.
+        replay: token ids of documents, as many of which stand beside the pairs of every micro-batch; each has its turn before any has
+            another.
     """
 
     pairs: Sequence[PreferencePair]
@@ -136,6 +155,7 @@ class PairBatches:
     multiple: int = 1
     dp: int = 1
     rank: int = 0
+    replay: Sequence[NDArray[np.uint32]] = ()
 
     def __post_init__(self) -> None:
         if self.pairs_per_batch < 1 or self.pairs_per_batch % self.dp:
@@ -149,7 +169,7 @@ class PairBatches:
             epoch, number = divmod(position, per_epoch)
             order = np.random.default_rng((self.seed, epoch)).permutation(len(self.pairs))
             for first in range(number * self.pairs_per_batch, per_epoch * self.pairs_per_batch, self.pairs_per_batch):
-                yield self.stack([self.pairs[index] for index in order[first : first + self.pairs_per_batch]])
+                yield self.stack([self.pairs[index] for index in order[first : first + self.pairs_per_batch]], self.choose_replay(position))
                 position += 1
 
     def read_in_order(self) -> Iterator[PairBatch]:
@@ -160,17 +180,41 @@ class PairBatches:
             if chosen:
                 yield self.stack(chosen)
 
-    def stack(self, pairs: Sequence[PreferencePair]) -> PairBatch:
-        """This rank's part of a micro-batch of these pairs."""
+    def choose_replay(self, position: int) -> Sequence[NDArray[np.uint32]]:
+        """The documents beside the pairs of micro-batch number `position`."""
+        if not self.replay:
+            return ()
+        numbers = range(position * self.pairs_per_batch, (position + 1) * self.pairs_per_batch)
+        places = (divmod(number, len(self.replay)) for number in numbers)
+        return [self.replay[shuffle(len(self.replay), self.seed, round_)[place]] for round_, place in places]
+
+    def stack(self, pairs: Sequence[PreferencePair], replayed: Sequence[NDArray[np.uint32]] = ()) -> PairBatch:
+        """This rank's part of a micro-batch of these pairs, and of as many replayed documents or none."""
         share = len(pairs) // self.dp
-        return stack_pairs(pairs[self.rank * share : (self.rank + 1) * share], self.vocabulary, self.learn_structure, self.multiple)
+        part = slice(self.rank * share, (self.rank + 1) * share)
+        return stack_pairs(pairs[part], self.vocabulary, self.learn_structure, self.multiple, replayed[part])
 
 
-def stack_pairs(pairs: Sequence[PreferencePair], vocabulary: Vocabulary, learn_structure: bool = False, multiple: int = 1) -> PairBatch:
-    """One batch of these pairs. Raises InputError for ids outside the vocabulary and for a completion in which no token counts."""
+@lru_cache(maxsize=2)  # a micro-batch lies in two rounds at most, unless there are very few documents
+def shuffle(number: int, seed: int, round_: int) -> NDArray[np.int64]:
+    """The order of replayed documents in one round through all of them; another one than that of the pairs."""
+    return np.random.default_rng((seed, round_, 1)).permutation(number)
+
+
+def stack_pairs(
+    pairs: Sequence[PreferencePair],
+    vocabulary: Vocabulary,
+    learn_structure: bool = False,
+    multiple: int = 1,
+    replayed: Sequence[NDArray[np.uint32]] = (),
+) -> PairBatch:
+    """One batch of these pairs. Raises InputError for ids outside the vocabulary and for a completion in which no token counts.
+
+    replayed: documents, none or one for each pair, of which the codes count; at least one in each.
+    """
     completions = [(pair, pair.chosen_ids) for pair in pairs] + [(pair, pair.rejected_ids) for pair in pairs]
-    longest = max(len(pair.prompt_ids) + len(ids) for pair, ids in completions)
-    shape = (len(completions), -(-longest // multiple) * multiple)
+    longest = max([len(pair.prompt_ids) + len(ids) for pair, ids in completions] + [len(ids) for ids in replayed])
+    shape = (len(completions) + len(replayed), -(-longest // multiple) * multiple)
     token_ids, counted = torch.full(shape, vocabulary.pad, dtype=torch.int64), torch.zeros(shape, dtype=torch.bool)
     documents = torch.ones(shape, dtype=torch.int32)
     for row, (pair, ids) in enumerate(completions):
@@ -183,6 +227,10 @@ def stack_pairs(pairs: Sequence[PreferencePair], vocabulary: Vocabulary, learn_s
         token_ids[row, : len(line)] = torch.from_numpy(line)
         documents[row, : len(line)] = 0
         counted[row, len(pair.prompt_ids) : len(line)] = torch.from_numpy(counts)
+    for row, ids in enumerate(replayed, len(completions)):
+        token_ids[row, : len(ids)] = torch.from_numpy(ids.astype(np.int64))
+        documents[row, : len(ids)] = 0
+        counted[row, : len(ids)] = torch.from_numpy(ids >= vocabulary.visual_offset)
     values = [[pair.reference_chosen for pair in pairs], [pair.reference_rejected for pair in pairs]]
     reference = torch.tensor([[math.nan if value is None else value for value in row] for row in values], dtype=torch.float64)
     return PairBatch(token_ids, counted, documents, reference)
@@ -228,18 +276,18 @@ class Scorer:
         return Counted(hidden.to(dtype), targets.flatten()[kept].to(device), rows.flatten()[kept].to(device))
 
     @torch.no_grad()
-    def sum_log_probabilities(self, counted: Counted, num_rows: int) -> Tensor:
-        """float64 [2, P]: each completion's log-probability, of all its tokens wherever they lie."""
+    def sum_log_probabilities(self, counted: Counted, batch: PairBatch) -> Tensor:
+        """float64 [2 or 3, P]: each row's log-probability, of all its tokens wherever they lie."""
         ones = torch.ones(len(counted.targets), device=counted.targets.device)
         _, losses = compute_cross_entropy(counted.hidden.detach(), self.transformer.lm_head.weight, counted.targets, ones)
-        sums = torch.zeros(num_rows, dtype=torch.float64, device=losses.device).index_add_(0, counted.rows, -losses.double())
+        sums = torch.zeros(len(batch.token_ids), dtype=torch.float64, device=losses.device).index_add_(0, counted.rows, -losses.double())
         if self.mesh is not None and self.context.size > 1:
             dist.all_reduce(sums, group=self.mesh["cp"].get_group())
-        return sums.view(2, -1)
+        return batch.by_pair(sums)
 
     @torch.no_grad()
     def score(self, batch: PairBatch) -> Tensor:
-        return self.sum_log_probabilities(self.compute_hidden(batch), len(batch.token_ids))
+        return self.sum_log_probabilities(self.compute_hidden(batch), batch)
 
 
 @torch.no_grad()
@@ -345,7 +393,7 @@ class PreferenceLearner:
             if self.mesh is not None:
                 set_last_micro_batch(self.transformer, number == len(batches) - 1)
             counted = self.scorer.compute_hidden(batch)
-            policy = self.scorer.sum_log_probabilities(counted, len(batch.token_ids)).requires_grad_()
+            policy = self.scorer.sum_log_probabilities(counted, batch).requires_grad_()
             result = self._measure(policy, batch, sums)
             (slopes,) = torch.autograd.grad(result.loss, policy)  # of the loss by each completion's log-probability
             weights = -slopes.flatten()[counted.rows].float()  # a token's cross-entropy is minus its log-probability
@@ -399,7 +447,7 @@ class PreferenceLearner:
 class PreferenceSums:
     """Sums over pairs, for logs; `reduce` makes them those of all ranks."""
 
-    NAMES = ("loss", "reward_chosen", "reward_rejected", "margin", "accuracy", "kl", "cross_entropy")
+    NAMES = ("loss", "reward_chosen", "reward_rejected", "margin", "accuracy", "kl", "cross_entropy", "replay_cross_entropy")
 
     def __init__(self) -> None:
         self.sums = torch.zeros(len(self.NAMES) + 2, dtype=torch.float64)  # and the number of pairs and of tokens
@@ -419,8 +467,9 @@ class PreferenceSums:
             rejected,
             chosen - rejected,
             (chosen > rejected).double(),
-            ((reference - policy) / lengths).mean(0),
+            ((reference - policy[:2]) / lengths[:2]).mean(0),
             result.cross_entropy,
+            result.replayed,
         )
         ends = (result.loss.detach().new_tensor(result.weight), lengths.sum())
         self.sums += torch.stack([result.loss.detach(), *(values.sum() for values in per_pair), *ends]).double().cpu()
@@ -431,7 +480,10 @@ class PreferenceSums:
     def to_metrics(self) -> Metrics:
         """Means per pair, nothing without pairs. `kl`: mean of log p_reference - log p_policy per token over both completions, an estimate
         of KL(reference || policy) that is biased by having chosen the best and the worst of the samples. `accuracy`: share of pairs with
-        a positive margin."""
+        a positive margin. `replay_cross_entropy` is there only if documents are replayed."""
         if not self.weight:
             return {}
-        return dict(zip(self.NAMES, (self.sums[: len(self.NAMES)] / self.weight).tolist(), strict=True))
+        means = dict(zip(self.NAMES, (self.sums[: len(self.NAMES)] / self.weight).tolist(), strict=True))
+        if not means["replay_cross_entropy"]:
+            del means["replay_cross_entropy"]
+        return means
