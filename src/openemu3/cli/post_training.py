@@ -183,7 +183,7 @@ class TrainPreferences:
     length_normalised: bool = False
     """Divide each completion's log-probability by its number of tokens."""
     replay: Files = ()
-    """Documents to learn beside the pairs, such as those of quality tuning, so that the model keeps what it knew: as many that draw or film
+    """Documents to learn beside the pairs, such as those of pre-training, so that the model keeps what it knew: as many that draw or film
     as there are pairs, in every step."""
     replay_weight: float = 1.0
     """Weight of their cross-entropy, averaged over the codes of each."""

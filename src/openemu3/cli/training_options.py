@@ -127,4 +127,4 @@ def report_training(as_json: bool, folder: Path, train: Callable[[], Trainer]) -
     measured = {name: value for name, value in rows[-1].items() if name.startswith("validation/")}
     numbers = ", ".join(f"{name.removeprefix('validation/')} {value}" for name, value in measured.items())
     answer = {"folder": str(folder), "steps": trainer.step, **measured, "seconds": round(time.monotonic() - began, 3)}
-    print_answer(as_json, f"{folder}: {trainer.step} steps; held out: {numbers}", answer)
+    print_answer(as_json, f"{folder}: {trainer.step} steps" + (f"; held out: {numbers}" if numbers else ""), answer)
