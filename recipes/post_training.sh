@@ -59,9 +59,10 @@ images=$samples/images.parquet
 parts=recipes/post_training
 
 # Full size, and what is small in a smoke test.
-# DPO is slow on purpose: faster, or longer, it follows the taste further and loses more of what was asked (docs/log.md).
+# What pre-training showed is replayed beside DPO's pairs, and a prompt gives two of them: without, the model loses more of what was asked for
+# the same taste (docs/log.md).
 scored=() prompts=(--num-prompts 640 --num-tuning 96 --num-heldout 160) candidates=8
-qft=(--num-steps 50) dpo=(--num-steps 60) image_to_text=(--num-steps 100) instruct=(--num-steps 600)
+qft=(--num-steps 50) dpo=(--num-steps 200) image_to_text=(--num-steps 100) instruct=(--num-steps 600)
 questions=() report=()
 rows=(--rows-per-batch 4 --rows-per-micro-batch 4 --context-length 512)
 pairs_per_batch=16
@@ -138,19 +139,20 @@ else
     kill -INT $server
     wait $server || true
     trap - EXIT
-    ties=()
-    if $smoke; then ties=(--keep-ties --min-agreement -1); fi
-    emu3 preferences pairs "$work/preferences/pairs.parquet" --database "$database" ${ties[@]+"${ties[@]}"}
+    agreement=0
+    if $smoke; then agreement=-1; fi
+    emu3 preferences pairs "$work/preferences/pairs.parquet" --database "$database" --pairs-per-prompt 2 --keep-ties --min-agreement $agreement
 fi
 
-step "5/9 DPO"
+step "5/9 DPO, with what pre-training showed beside it"
+if [[ ! -e $work/documents ]]; then
+    emu3 tokenize "$images" --tokenizers "$tokenizers" --output "$work/documents" --understanding-share 0
+fi
 if [[ -e $work/dpo_model/config.json ]]; then
     done_already "$work/dpo_model"
 else
-    held_out=(--held-out-share 0.1)
-    if $smoke; then held_out=(--held-out-share 0); fi
-    emu3 train dpo "$work/preferences/pairs.parquet" --model "$work/qft_model" --output "$work/dpo" --learning-rate 5e-5 \
-        --warmup-steps 2 --beta 0.1 --cross-entropy-weight 1 --pairs-per-batch $pairs_per_batch "${held_out[@]}" "${dpo[@]}"
+    emu3 train dpo "$work/preferences/pairs.parquet" --model "$work/qft_model" --output "$work/dpo" --learning-rate 1e-4 --warmup-steps 2 \
+        --cross-entropy-weight 0.05 --replay "$work/documents" --replay-weight 2 --pairs-per-batch $pairs_per_batch --held-out-share 0 "${dpo[@]}"
     emu3 export model "$work/dpo" --tokenizers "$work/qft_model" --output "$work/dpo_model"
 fi
 

@@ -26,6 +26,7 @@ import numpy as np
 import torch
 import tyro
 from ask_questions import KINDS
+from numpy.typing import NDArray
 from PIL import Image
 from score_samples import SCORES, score_picture
 from tastes import TASTES
@@ -106,6 +107,7 @@ class Report:
             "quality tuning": self._measure_quality(drawings),
             "preferences": self._measure_taste(drawings, prompts),
             "alignment": self._measure_alignment(verdicts, prompts, list(drawings)),
+            "by picture": self._measure_by_picture(drawings, verdicts, asked),
             "image-to-text": self._measure_descriptions(samples, pixels),
             "instruction": self._measure_answers(),
         }
@@ -135,15 +137,38 @@ class Report:
 
     def _measure_taste(self, drawings: dict[str, Tensor], prompts: Sequence[str]) -> dict[str, Any]:
         """Against the model after quality tuning, which is where DPO began; intervals over prompts."""
-        measured = {name: [TASTES[self.taste](picture) for picture in pictures.flatten(0, 1)] for name, pictures in drawings.items()}
+        measured = {name: self._taste(pictures) for name, pictures in drawings.items()}
         groups = list(prompts) * self.num_seeds
-        pairs = zip(measured["after DPO"], measured["after quality tuning"], strict=True)
-        wins = [0.5 if after == before else float(after > before) for after, before in pairs]
         return {
             "taste": self.taste,
-            "win rate": estimate_mean(wins, groups).to_dict(),
-            "mean": {name: estimate_mean(values, groups).to_dict() for name, values in measured.items()},
+            "win rate": estimate_mean(
+                find_wins(measured["after DPO"], measured["after quality tuning"]).ravel().tolist(), groups
+            ).to_dict(),
+            "mean": {name: estimate_mean(values.ravel().tolist(), groups).to_dict() for name, values in measured.items()},
         }
+
+    def _taste(self, drawings: Tensor) -> NDArray[np.float64]:
+        """[seeds, N, 3, H, W] -> [seeds, N]."""
+        return np.array([[TASTES[self.taste](picture) for picture in row] for row in drawings])
+
+    def _measure_by_picture(
+        self, drawings: Mapping[str, Tensor], verdicts: Mapping[str, Mapping[str, Mapping[int, bool]]], asked: Sequence[Mapping[str, str]]
+    ) -> dict[str, Any]:
+        """What DPO did to sentences of pictures that pre-training has shown, which the model knows by heart, and of those it has not."""
+        wins = find_wins(self._taste(drawings["after DPO"]), self._taste(drawings["after quality tuning"]))
+        found = {}
+        for name in ("after quality tuning", "after DPO"):
+            rows = [verdicts["retrieval"][f"{name} {seed}"] for seed in range(len(wins))]
+            found[name] = np.array([[row[place] for place in range(len(asked))] for row in rows], dtype=np.float64)
+        report = {}
+        for name, is_shown in (("shown in pre-training", True), ("never shown", False)):
+            places = [place for place, one in enumerate(asked) if (one["split"] == "train") == is_shown]
+            if not places:
+                continue
+            groups = [asked[place]["prompt"] for place in places] * len(wins)
+            values = {"win rate": wins, **found, "change": found["after DPO"] - found["after quality tuning"]}
+            report[name] = {key: estimate_mean(value[:, places].ravel().tolist(), groups).to_dict() for key, value in values.items()}
+        return report
 
     def _measure_alignment(
         self, verdicts: Mapping[str, Mapping[str, Mapping[int, bool]]], prompts: Sequence[str], names: Sequence[str]
@@ -210,6 +235,11 @@ def draw(emu3: Emu3, prompts: list[str], seed: int, temperature: float) -> Tenso
     return torch.cat([from_pil(pictures[0]) for pictures in drawn], dim=1).transpose(0, 1)
 
 
+def find_wins(after: NDArray[np.float64], before: NDArray[np.float64]) -> NDArray[np.float64]:
+    """1 where a drawing pleases more than the one before, 0 where less, a half where they please alike."""
+    return np.where(after == before, 0.5, after > before)
+
+
 def answer(emu3: Emu3, rows: Sequence[dict[str, Any]], folder: Path) -> list[str]:
     """The answers, all pictures and questions together."""
     defaults = emu3.defaults
@@ -262,6 +292,11 @@ def write_html(report: dict[str, Any], prompts: Sequence[str], names: Sequence[s
     taste = [[name, Estimate(**value).format(3)] for name, value in preferences["mean"].items()]
     rows = [*names, "change", "ceiling"]
     aligned = [[name, *(show(alignment.get(key, {}).get(name)) for key in ALIGNMENT)] for name in rows]
+    columns = ("win rate", "after quality tuning", "after DPO", "change")
+    by_picture = [
+        [name, str(scores["win rate"]["count"]), *(show(scores[column]) for column in columns)]
+        for name, scores in report["by picture"].items()
+    ]
     described = [
         [name, *(show(scores.get(key)) for key in ("caption", "name", "style", "tone"))] for name, scores in report["image-to-text"].items()
     ]
@@ -283,6 +318,8 @@ def write_html(report: dict[str, Any], prompts: Sequence[str], names: Sequence[s
 <p>Do they still show what was asked? Of all drawings: the right picture among {report["settings"]["num_candidates"]} by LPIPS;
 style and tone by classifiers of real pictures. Change: what DPO did, on the same sentences and seeds.
 Ceiling: the right pictures themselves, through the vision tokenizer.</p>{table(["model", *ALIGNMENT], aligned)}
+<p>The same by whether pre-training has shown the sentence's picture, which is then known by heart.</p>
+{table(["picture", "drawings", "preferred", "right picture before DPO", "after DPO", "change"], by_picture)}
 <p>From above: the real picture, then {html.escape(", then ".join(names))}, at the model's own temperature;
 the measures are of drawings at {report["settings"]["temperature"]}.</p><img src="data:image/png;base64,{picture}" alt="drawings">
 <details><summary>Prompts</summary><ol>{"".join(f"<li>{html.escape(prompt)}</li>" for prompt in prompts[:MAX_SHOWN])}</ol></details>
