@@ -8,6 +8,8 @@
 #   --samples   folder with images.parquet, as recipes/mini/select_core.py writes it (default: .cache/mini_core)
 #   --smoke     the same steps in a minute or two: it shows that everything is in place, the numbers mean nothing
 #
+# The model that ships has learnt every picture at one size, by heart; no voter could prefer another. So its pre-training goes on first, with
+# the same pictures at several sizes.
 # Voters are scripts that like large subjects and vote through the voting server's HTTP interface into its database. Scores to select by are
 # measures of pixels, since HPSv2.1, MPS and the LAION aesthetic head cannot be had here; see docs/post_training.md.
 # Stop it whenever you like and start it again: what is complete is skipped, and a training goes on from its last checkpoint.
@@ -59,15 +61,15 @@ images=$samples/images.parquet
 parts=recipes/post_training
 
 # Full size, and what is small in a smoke test.
-# What pre-training showed is replayed beside DPO's pairs, and a prompt gives two of them: without, the model loses more of what was asked for
-# the same taste (docs/log.md).
-scored=() prompts=(--num-prompts 640 --num-tuning 96 --num-heldout 160) candidates=8
-qft=(--num-steps 50) dpo=(--num-steps 200) image_to_text=(--num-steps 100) instruct=(--num-steps 600)
+scored=() sizes=() pretraining=(--num-steps 2800) prompts=(--num-prompts 640 --num-tuning 96 --num-heldout 160) candidates=8
+qft=(--num-steps 50) dpo=(--num-steps 60) image_to_text=(--num-steps 100) instruct=(--num-steps 600)
 questions=() report=()
 rows=(--rows-per-batch 4 --rows-per-micro-batch 4 --context-length 512)
 pairs_per_batch=16
 if $smoke; then
     scored=(--max-samples 60)
+    sizes=(--sizes 1 0.7)
+    pretraining=(--num-steps 2 --tokens-per-batch 1024 --max-validation 4)
     prompts=(--num-prompts 6 --num-tuning 4 --num-heldout 4)
     candidates=2
     qft=(--num-steps 2) dpo=(--num-steps 2) image_to_text=(--num-steps 2) instruct=(--num-steps 2)
@@ -80,7 +82,7 @@ fi
 step() { printf '\n== %s\n' "$*" >&2; }
 done_already() { echo "   is there already: $*" >&2; }
 
-step "1/9 scores of the pictures, and the best of them"
+step "1/10 scores of the pictures, and the best of them"
 if [[ -e $work/best.parquet ]]; then
     done_already "$work/best.parquet"
 else
@@ -96,19 +98,43 @@ if $smoke; then images=$work/scored.parquet; fi
 tokenizers=$model
 if [[ $model == mini ]]; then tokenizers=src/openemu3/assets/mini; fi
 
-step "2/9 quality tuning: codes alone, linearly to zero"
+step "2/10 pre-training goes on: pictures at several sizes"
+vary_sizes() { # FROM TO
+    if [[ ! -e $2 ]]; then python recipes/mini/vary_sizes.py "$1" "$2" ${sizes[@]+"${sizes[@]}"}; fi
+}
+vary_sizes "$images" "$work/sizes.parquet"
+# Films are shown now and then, if there are any, so that they are not forgotten.
+films=() rates=(draw 1 describe 0.3)
+if ! $smoke && [[ -e $samples/videos.parquet ]]; then
+    films=("$samples/videos.parquet")
+    rates+=(film 0.5 describe_video 0.05)
+fi
+if [[ ! -e $work/documents ]]; then
+    emu3 tokenize "$work/sizes.parquet" ${films[@]+"${films[@]}"} --tokenizers "$tokenizers" --output "$work/documents"
+fi
+if [[ -e $work/base_model/config.json ]]; then
+    done_already "$work/base_model"
+else
+    emu3 train language "$work/documents" --tokenizers "$tokenizers" --init-from "$tokenizers" --output "$work/base" --learning-rate 6e-4 \
+        --mixture "${rates[@]}" "${pretraining[@]}"
+    emu3 export model "$work/base" --tokenizers "$tokenizers" --output "$work/base_model"
+fi
+base=$work/base_model
+
+step "3/10 quality tuning: codes alone, linearly to zero"
+vary_sizes "$work/best.parquet" "$work/best_sizes.parquet"
 if [[ ! -e $work/best_documents ]]; then
-    emu3 tokenize "$work/best.parquet" --tokenizers "$tokenizers" --output "$work/best_documents" --understanding-share 0
+    emu3 tokenize "$work/best_sizes.parquet" --tokenizers "$tokenizers" --output "$work/best_documents" --understanding-share 0
 fi
 if [[ -e $work/qft_model/config.json ]]; then
     done_already "$work/qft_model"
 else
-    emu3 train qft "$work/best_documents" --model "$model" --output "$work/qft" --learning-rate 5e-5 --validation-split heldout_combination \
+    emu3 train qft "$work/best_documents" --model "$base" --output "$work/qft" --learning-rate 5e-5 --validation-split heldout_combination \
         "${rows[@]}" "${qft[@]}"
     emu3 export model "$work/qft" --tokenizers "$tokenizers" --output "$work/qft_model"
 fi
 
-step "3/9 candidates of each prompt, with their tokens"
+step "4/10 candidates of each prompt, with their tokens"
 mkdir -p "$work/preferences"
 if [[ ! -e $work/preferences/heldout.jsonl ]]; then
     python $parts/choose_prompts.py --samples "$images" --output "$work/preferences" "${prompts[@]}"
@@ -117,7 +143,7 @@ database=$work/preferences/votes.sqlite
 emu3 preferences sample "$work/preferences/prompts.txt" --database "$database" --model "$work/qft_model" --num-candidates $candidates \
     --temperature 1
 
-step "4/9 votes, through the server"
+step "5/10 votes, through the server"
 if [[ -e $work/preferences/pairs.parquet ]]; then
     done_already "$work/preferences/pairs.parquet"
 else
@@ -144,33 +170,30 @@ else
     emu3 preferences pairs "$work/preferences/pairs.parquet" --database "$database" --pairs-per-prompt 2 --keep-ties --min-agreement $agreement
 fi
 
-step "5/9 DPO, with what pre-training showed beside it"
-if [[ ! -e $work/documents ]]; then
-    emu3 tokenize "$images" --tokenizers "$tokenizers" --output "$work/documents" --understanding-share 0
-fi
+step "6/10 DPO"
 if [[ -e $work/dpo_model/config.json ]]; then
     done_already "$work/dpo_model"
 else
-    emu3 train dpo "$work/preferences/pairs.parquet" --model "$work/qft_model" --output "$work/dpo" --learning-rate 1e-4 --warmup-steps 2 \
-        --cross-entropy-weight 0.05 --replay "$work/documents" --replay-weight 2 --pairs-per-batch $pairs_per_batch --held-out-share 0 "${dpo[@]}"
+    emu3 train dpo "$work/preferences/pairs.parquet" --model "$work/qft_model" --output "$work/dpo" --learning-rate 5e-5 --warmup-steps 2 \
+        --pairs-per-batch $pairs_per_batch --held-out-share 0 "${dpo[@]}"
     emu3 export model "$work/dpo" --tokenizers "$work/qft_model" --output "$work/dpo_model"
 fi
 
-step "6/9 image-to-text: loss on the text alone, with pure language"
+step "7/10 image-to-text: loss on the text alone, with pure language"
 if [[ ! -e $work/understanding_documents ]]; then
     python $parts/write_texts.py --samples "$images" --output "$work/texts.jsonl"
-    emu3 tokenize "$images" "$work/texts.jsonl" --tokenizers "$tokenizers" --output "$work/understanding_documents" --generation-share 0 \
-        --languages en
+    emu3 tokenize "$work/sizes.parquet" "$work/texts.jsonl" --tokenizers "$tokenizers" --output "$work/understanding_documents" \
+        --generation-share 0 --languages en
 fi
 if [[ -e $work/image_to_text_model/config.json ]]; then
     done_already "$work/image_to_text_model"
 else
-    emu3 train image-to-text "$work/understanding_documents" --model "$model" --output "$work/image_to_text" --learning-rate 1e-4 \
+    emu3 train image-to-text "$work/understanding_documents" --model "$base" --output "$work/image_to_text" --learning-rate 1e-4 \
         --text-share 0.2 --validation-split heldout_combination "${rows[@]}" "${image_to_text[@]}"
     emu3 export model "$work/image_to_text" --tokenizers "$tokenizers" --output "$work/image_to_text_model"
 fi
 
-step "7/9 questions about the pictures"
+step "8/10 questions about the pictures"
 if [[ ! -e $work/questions/heldout.json ]]; then
     python $parts/ask_questions.py --samples "$images" --output "$work/questions" ${questions[@]+"${questions[@]}"}
 fi
@@ -179,7 +202,7 @@ if [[ ! -e $work/conversations.parquet ]]; then
         --output "$work/conversations.parquet"
 fi
 
-step "8/9 instruction tuning: loss on the answers alone"
+step "9/10 instruction tuning: loss on the answers alone"
 if [[ -e $work/instruct_model/config.json ]]; then
     done_already "$work/instruct_model"
 else
@@ -188,5 +211,5 @@ else
     emu3 export model "$work/instruct" --tokenizers "$tokenizers" --output "$work/instruct_model"
 fi
 
-step "9/9 the report"
-python $parts/report.py --work "$work" --samples "$images" --base "$model" --taste size ${report[@]+"${report[@]}"}
+step "10/10 the report"
+python $parts/report.py --work "$work" --samples "$images" --base "$base" --taste size ${report[@]+"${report[@]}"}

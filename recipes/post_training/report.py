@@ -5,7 +5,8 @@ on sentences that gave no pair and on pictures and questions that no stage has l
 
 * quality tuning: the mean percentile rank of drawings among the scored pictures, by the scores that chose them
 * preferences: how often the drawing after DPO pleases the taste more than the one before it, same prompt, same seed (a tie is half a win);
-  and, by judges that never saw a vote, whether drawings still show what was asked
+  and, by judges that never saw a vote, whether drawings still show what was asked. They look at subjects cut out and scaled alike, so that
+  a size that pleases neither helps nor harms; "as drawn" is the right picture without that
 * image-to-text: exact descriptions
 * instruction tuning: right answers, against always giving the most frequent answer of the training questions of that kind
 """
@@ -29,7 +30,7 @@ from ask_questions import KINDS
 from numpy.typing import NDArray
 from PIL import Image
 from score_samples import SCORES, score_picture
-from tastes import TASTES
+from tastes import TASTES, crop_subject
 from torch import Tensor
 
 from openemu3.data.conversations import ConversationConfig, Shown, encode_medium
@@ -45,7 +46,7 @@ from openemu3.media import from_pil, to_pil
 from openemu3.tokenization.lpips import LPIPS
 from openemu3.tokenization.sequence import Turn
 
-ALIGNMENT = ("retrieval", "style", "tone")
+ALIGNMENT = ("retrieval", "as drawn", "style", "tone")
 ANSWERS = ("majority", "before", "after image-to-text", "after")
 MAX_SHOWN = 60  # prompts whose pictures are in the report
 
@@ -98,10 +99,15 @@ class Report:
             rebuilt = reconstruct(emu3, pixels[wanted]) if rebuilt is None else rebuilt
         assert rebuilt is not None
         print("judging", flush=True)
+        subjects = crop_subjects(pixels)
         with torch.enable_grad():
-            judges = train_judges(samples, pixels, LPIPS("vgg"), self.classifier_steps)
+            judges = train_judges(samples, subjects, LPIPS("vgg"), self.classifier_steps)
         sources = {f"{name} {seed}": pictures for name, seeds in drawings.items() for seed, pictures in enumerate(seeds)}
-        verdicts = judge_drawings(sources | {"ceiling": rebuilt}, wanted, samples, pixels, judges, self.num_candidates)
+        sources["ceiling"] = rebuilt
+        cut = {name: crop_subjects(pictures) for name, pictures in sources.items()}
+        verdicts = judge_drawings(cut, wanted, samples, subjects, judges, self.num_candidates)
+        as_drawn = judge_drawings(sources, wanted, samples, pixels, judges, self.num_candidates)
+        verdicts["as drawn"] = as_drawn["retrieval"]
         report: dict[str, Any] = {
             "settings": {field: str(value) if isinstance(value, Path) else value for field, value in vars(self).items()},
             "quality tuning": self._measure_quality(drawings),
@@ -238,6 +244,11 @@ def draw(emu3: Emu3, prompts: list[str], seed: int, temperature: float) -> Tenso
     return torch.cat([from_pil(pictures[0]) for pictures in drawn], dim=1).transpose(0, 1)
 
 
+def crop_subjects(pictures: Tensor) -> Tensor:
+    """[N, 3, H, W] -> the same of `crop_subject`."""
+    return torch.stack([crop_subject(picture) for picture in pictures])
+
+
 def find_wins(after: NDArray[np.float64], before: NDArray[np.float64]) -> NDArray[np.float64]:
     """1 where a drawing pleases more than the one before, 0 where less, a half where they please alike."""
     return np.where(after == before, 0.5, after > before)
@@ -319,7 +330,8 @@ def write_html(report: dict[str, Any], prompts: Sequence[str], names: Sequence[s
 <h2>Preferences</h2><p>Drawings after DPO against those before it, judged by {html.escape(preferences["taste"])}:
 <b>{show(preferences["win rate"])}</b> are preferred.</p>{table(["model", preferences["taste"]], taste)}
 <p>Do they still show what was asked? Of all drawings: the right picture among {report["settings"]["num_candidates"]} by LPIPS;
-style and tone by classifiers of real pictures. Change: what DPO did, on the same sentences and seeds.
+style and tone by classifiers of real pictures. Judges see the subjects cut out and scaled alike; "as drawn" is the right picture
+without that. Change: what DPO did, on the same sentences and seeds.
 Ceiling: the right pictures themselves, through the vision tokenizer.</p>{table(["model", *ALIGNMENT], aligned)}
 <p>The same by whether pre-training has shown the sentence's picture, which is then known by heart.</p>
 {table(["picture", "drawings", "preferred", "right picture before DPO", "after DPO", "change"], by_picture)}

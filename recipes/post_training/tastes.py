@@ -29,9 +29,29 @@ def measure_size(picture: Tensor) -> float:
     return float(find_subject(picture).float().mean())
 
 
+def crop_subject(picture: Tensor) -> Tensor:
+    """The subject alone, scaled to fill a square of the picture's height, so that its size and place are no part of a comparison.
+
+    A row or column with a single odd pixel is background; without a subject the picture stays as it is.
+    """
+    subject = find_subject(picture)
+    rows, columns = (torch.nonzero(subject.sum(dim) > 1).flatten() for dim in (1, 0))
+    if not len(rows) or not len(columns):
+        return picture
+    cut = picture[:, int(rows[0]) : int(rows[-1]) + 1, int(columns[0]) : int(columns[-1]) + 1]
+    height, width = cut.shape[1:]
+    side = max(height, width)
+    square = picture.new_ones(3, side, side)
+    top, left = (side - height) // 2, (side - width) // 2
+    square[:, top : top + height, left : left + width] = cut
+    scaled = torch.nn.functional.interpolate(square[None], (picture.shape[1],) * 2, mode="bicubic", antialias=True)
+    return scaled[0].clamp(-1, 1)
+
+
 def measure_likeness(picture: Tensor, other: Tensor) -> float:
-    """A coarse eye for whether two pictures show the same: correlation of their grey levels at 8 x 8, -1 to 1."""
-    small = [torch.nn.functional.adaptive_avg_pool2d(one.mean(0)[None], 8).flatten() for one in (picture, other)]
+    """A coarse eye for whether two pictures show the same: correlation of their subjects' grey levels at 8 x 8, -1 to 1."""
+    subjects = [crop_subject(one) for one in (picture, other)]
+    small = [torch.nn.functional.adaptive_avg_pool2d(one.mean(0)[None], 8).flatten() for one in subjects]
     centred = [one - one.mean() for one in small]
     norm = centred[0].norm() * centred[1].norm()
     return float(centred[0] @ centred[1] / norm) if norm > 0 else 0.0

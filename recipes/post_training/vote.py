@@ -1,7 +1,7 @@
 """Scripted voters: they look at the pictures through the voting server's HTTP interface, as the page does, and rate every one.
 
 In: a database of candidates, a server on it, the real pictures. Out: votes in that database. Appeal follows a taste measured from pixels;
-alignment a coarse likeness to the real picture of the caption. Each voter sees a little differently, so voters disagree.
+alignment a coarse likeness of the subject to the real one, whatever its size. Each voter sees a little differently, so voters disagree.
 The surprising thing: nothing here touches the database; tokens come from `emu3 preferences invite`, and everything else is HTTP.
 """
 

@@ -15,7 +15,8 @@ from PIL import Image
 
 REPOSITORY = Path(__file__).parents[2]
 EXCERPT = Path(__file__).parent / "emoji_excerpt"
-sys.path.insert(0, str(REPOSITORY / "recipes" / "mini"))
+for _folder in ("mini", "post_training"):
+    sys.path.insert(0, str(REPOSITORY / "recipes" / _folder))
 
 
 @pytest.fixture(scope="session")

@@ -38,7 +38,7 @@ def test_every_script_in_it_is_there() -> None:
 
 @pytest.mark.slow
 def test_from_the_mini_model_to_the_report(run_recipe, real_packages: Path, lpips_weights: Path, tmp_path: Path) -> None:
-    """All nine steps: selection, quality tuning, candidates, votes through the server, DPO, both stages of understanding, the report."""
+    """All ten steps: selection, pictures at several sizes, quality tuning, candidates, votes, DPO, understanding, the report."""
     prepare_samples.main(prepare_samples.Preparation(("images",), packages=real_packages, output=tmp_path / "all"))
     core = select_core(read_samples(tmp_path / "all" / "images.parquet"), Counter())
     write_samples(tmp_path / "core" / "images.parquet", core)
