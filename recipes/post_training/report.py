@@ -160,9 +160,9 @@ class Report:
     def _measure_by_picture(
         self, drawings: Mapping[str, Tensor], verdicts: Mapping[str, Mapping[str, Mapping[int, bool]]], asked: Sequence[Mapping[str, str]]
     ) -> dict[str, Any]:
-        """What DPO did to sentences of pictures that pre-training has shown, which the model knows by heart, and of those it has not.
+        """What DPO did to sentences of pictures that pre-training has shown, which the model knows best, and of those it has not.
 
-        Retrieval alone: it is the one measure of alignment that every sentence has and that learning by heart raises.
+        Retrieval alone: it is the one measure of alignment that every sentence has and that having seen the picture raises.
         """
         wins = find_wins(self._taste(drawings["after DPO"]), self._taste(drawings["after quality tuning"]))
         found = {}
@@ -333,7 +333,7 @@ def write_html(report: dict[str, Any], prompts: Sequence[str], names: Sequence[s
 style and tone by classifiers of real pictures. Judges see the subjects cut out and scaled alike; "as drawn" is the right picture
 without that. Change: what DPO did, on the same sentences and seeds.
 Ceiling: the right pictures themselves, through the vision tokenizer.</p>{table(["model", *ALIGNMENT], aligned)}
-<p>The same by whether pre-training has shown the sentence's picture, which is then known by heart.</p>
+<p>The same by whether pre-training has shown the sentence's picture.</p>
 {table(["picture", "drawings", "preferred", "right picture before DPO", "after DPO", "change"], by_picture)}
 <p>From above: the real picture, then {html.escape(", then ".join(names))}, at the model's own temperature;
 the measures are of drawings at {report["settings"]["temperature"]}.</p><img src="data:image/png;base64,{picture}" alt="drawings">

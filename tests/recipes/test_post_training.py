@@ -48,6 +48,7 @@ def test_from_the_mini_model_to_the_report(run_recipe, real_packages: Path, lpip
 
     report = json.loads((tmp_path / "work" / "report.json").read_text())
     assert 0 <= report["preferences"]["win rate"]["mean"] <= 1
+    assert {"retrieval", "as drawn", "style"} <= set(report["alignment"])
     assert set(report["alignment"]["style"]) == {"before", "after quality tuning", "after DPO", "change", "ceiling"}
     assert set(report["image-to-text"]) == {"before", "after"} and "what" in report["instruction"]
     page = (tmp_path / "work" / "report.html").read_text()
