@@ -6,7 +6,7 @@
 #   --work      where everything goes (default: runs/post_training, or runs/post_training_smoke); the result is WORK/report.html
 #   --model     the model to begin with, a folder or "mini" (default), the one that is part of the package
 #   --samples   folder with images.parquet, as recipes/mini/select_core.py writes it (default: .cache/mini_core)
-#   --smoke     the same steps in a minute or two: it shows that everything is in place, the numbers mean nothing
+#   --smoke     the same steps in two or three minutes: it shows that everything is in place, the numbers mean nothing
 #
 # The model that ships has learnt every picture at one size, by heart; no voter could prefer another. So its pre-training goes on first, with
 # the same pictures at several sizes.
@@ -109,7 +109,7 @@ if ! $smoke && [[ -e $samples/videos.parquet ]]; then
     films=("$samples/videos.parquet")
     rates+=(film 0.5 describe_video 0.05)
 fi
-if [[ ! -e $work/documents ]]; then
+if [[ ! -e $work/documents/manifest.json ]]; then
     emu3 tokenize "$work/sizes.parquet" ${films[@]+"${films[@]}"} --tokenizers "$tokenizers" --output "$work/documents"
 fi
 if [[ -e $work/base_model/config.json ]]; then
@@ -123,7 +123,7 @@ base=$work/base_model
 
 step "3/10 quality tuning: codes alone, linearly to zero"
 vary_sizes "$work/best.parquet" "$work/best_sizes.parquet"
-if [[ ! -e $work/best_documents ]]; then
+if [[ ! -e $work/best_documents/manifest.json ]]; then
     emu3 tokenize "$work/best_sizes.parquet" --tokenizers "$tokenizers" --output "$work/best_documents" --understanding-share 0
 fi
 if [[ -e $work/qft_model/config.json ]]; then
@@ -180,7 +180,7 @@ else
 fi
 
 step "7/10 image-to-text: loss on the text alone, with pure language"
-if [[ ! -e $work/understanding_documents ]]; then
+if [[ ! -e $work/understanding_documents/manifest.json ]]; then
     python $parts/write_texts.py --samples "$images" --output "$work/texts.jsonl"
     emu3 tokenize "$work/sizes.parquet" "$work/texts.jsonl" --tokenizers "$tokenizers" --output "$work/understanding_documents" \
         --generation-share 0 --languages en

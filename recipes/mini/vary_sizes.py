@@ -9,13 +9,14 @@ The surprising thing: no picture is enlarged, so the largest that a subject gets
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import tyro
-from PIL import Image
+from PIL import Image, ImageOps
 from prepare_samples import encode_picture
 
 from openemu3.data.samples import read_samples, write_samples
@@ -56,12 +57,14 @@ def vary_sizes(samples: Iterable[Sample], sizes: Sequence[float]) -> Iterator[Sa
 
 def shrink(picture: Image.Image, factor: float) -> Image.Image:
     """The picture smaller by the factor, in the middle of a white one of its own size; the sides stay even or odd, as they are."""
-    width, height = (min(side, side % 2 + max(2, 2 * round(side * factor / 2))) for side in picture.size)
-    canvas = Image.new("RGB", picture.size, "white")
-    small = picture.resize((width, height), Image.Resampling.LANCZOS)
-    canvas.paste(small, ((picture.width - width) // 2, (picture.height - height) // 2))
-    return canvas
+    across, down = (max(0, side // 2 - max(1, round(side * factor / 2))) for side in picture.size)
+    small = picture.resize((picture.width - 2 * across, picture.height - 2 * down), Image.Resampling.LANCZOS)
+    return ImageOps.expand(small, (across, down), "white")
 
 
 if __name__ == "__main__":
-    tyro.cli(VarySizes).run()
+    try:
+        tyro.cli(VarySizes).run()
+    except (InputError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)

@@ -108,12 +108,13 @@ class Report:
         verdicts = judge_drawings(cut, wanted, samples, subjects, judges, self.num_candidates)
         as_drawn = judge_drawings(sources, wanted, samples, pixels, judges, self.num_candidates)
         verdicts["as drawn"] = as_drawn["retrieval"]
+        liked = {name: np.array([[TASTES[self.taste](picture) for picture in seed] for seed in seeds]) for name, seeds in drawings.items()}
         report: dict[str, Any] = {
             "settings": {field: str(value) if isinstance(value, Path) else value for field, value in vars(self).items()},
             "quality tuning": self._measure_quality(drawings),
-            "preferences": self._measure_taste(drawings, prompts),
+            "preferences": self._measure_taste(liked, prompts),
             "alignment": self._measure_alignment(verdicts, prompts, list(drawings)),
-            "by picture": self._measure_by_picture(drawings, verdicts, asked),
+            "by picture": self._measure_by_picture(liked, verdicts, asked),
             "image-to-text": self._measure_descriptions(samples, pixels),
             "instruction": self._measure_answers(),
         }
@@ -141,30 +142,26 @@ class Report:
             report[name] = estimate_mean(ranks).to_dict()
         return report
 
-    def _measure_taste(self, drawings: dict[str, Tensor], prompts: Sequence[str]) -> dict[str, Any]:
-        """Against the model after quality tuning, which is where DPO began; intervals over prompts."""
-        measured = {name: self._taste(pictures) for name, pictures in drawings.items()}
+    def _measure_taste(self, liked: Mapping[str, NDArray[np.float64]], prompts: Sequence[str]) -> dict[str, Any]:
+        """Against the model after quality tuning, which is where DPO began; intervals over prompts. liked: how much, [seeds, N]."""
         groups = list(prompts) * self.num_seeds
         return {
             "taste": self.taste,
-            "win rate": estimate_mean(
-                find_wins(measured["after DPO"], measured["after quality tuning"]).ravel().tolist(), groups
-            ).to_dict(),
-            "mean": {name: estimate_mean(values.ravel().tolist(), groups).to_dict() for name, values in measured.items()},
+            "win rate": estimate_mean(find_wins(liked["after DPO"], liked["after quality tuning"]).ravel().tolist(), groups).to_dict(),
+            "mean": {name: estimate_mean(values.ravel().tolist(), groups).to_dict() for name, values in liked.items()},
         }
 
-    def _taste(self, drawings: Tensor) -> NDArray[np.float64]:
-        """[seeds, N, 3, H, W] -> [seeds, N]."""
-        return np.array([[TASTES[self.taste](picture) for picture in row] for row in drawings])
-
     def _measure_by_picture(
-        self, drawings: Mapping[str, Tensor], verdicts: Mapping[str, Mapping[str, Mapping[int, bool]]], asked: Sequence[Mapping[str, str]]
+        self,
+        liked: Mapping[str, NDArray[np.float64]],
+        verdicts: Mapping[str, Mapping[str, Mapping[int, bool]]],
+        asked: Sequence[Mapping[str, str]],
     ) -> dict[str, Any]:
         """What DPO did to sentences of pictures that pre-training has shown, which the model knows best, and of those it has not.
 
         Retrieval alone: it is the one measure of alignment that every sentence has and that having seen the picture raises.
         """
-        wins = find_wins(self._taste(drawings["after DPO"]), self._taste(drawings["after quality tuning"]))
+        wins = find_wins(liked["after DPO"], liked["after quality tuning"])
         found = {}
         for name in ("after quality tuning", "after DPO"):
             rows = [verdicts["retrieval"][f"{name} {seed}"] for seed in range(len(wins))]

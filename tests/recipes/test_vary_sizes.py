@@ -1,6 +1,8 @@
 """Pictures at several sizes, and voters and judges that look at subjects whatever their size."""
 
 import re
+import subprocess
+import sys
 from dataclasses import replace
 
 import numpy as np
@@ -96,3 +98,10 @@ def test_a_wide_subject_keeps_its_shape_and_a_blank_picture_stays():
 def test_sizes_out_of_range_are_named(tmp_path, sizes):
     with pytest.raises(InputError, match=re.escape(f"--sizes are {sizes}")):
         VarySizes(tmp_path / "a", tmp_path / "b", sizes)
+
+
+def test_a_file_that_is_missing_is_named_and_nothing_is_written(tmp_path):
+    script = [sys.executable, sys.modules["vary_sizes"].__file__, "nowhere.parquet", "sizes.parquet"]
+    done = subprocess.run(script, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 2 and done.stderr == "error: samples file 'nowhere.parquet' is missing; it must be a Parquet file\n"
+    assert list(tmp_path.iterdir()) == []
